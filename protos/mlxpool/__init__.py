@@ -1,0 +1,1 @@
+"""mlxpool: generated stubs of the wire contract."""

@@ -1,0 +1,1 @@
+"""The v1 contract: model_service and memory_service."""

@@ -1,0 +1,1 @@
+"""The mlxpool server: a gRPC front, one model pool, one engine thread."""

@@ -1,0 +1,376 @@
+"""The service's vocabulary: plain frozen values that every room may import.
+
+Imports neither grpc nor mlx. Times are seconds: `_s` durations and monotonic instants, except
+names ending in `_time`, which are POSIX timestamps. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# ---------------------------------------------------------------- models
+
+
+class ModelState(enum.Enum):
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+class Capability(enum.Enum):
+    CHAT = "chat"
+
+
+class Layout(enum.Enum):
+    """How weights are held in memory, whatever the form they are stored in."""
+
+    AUTO = "auto"
+    STORED = "stored"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A Hugging Face hub repository, fetched through huggingface_hub's own cache."""
+
+    repo_id: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One catalogue entry: what an operator allows to be loaded, and how."""
+
+    name: str
+    source: Path | HubSource
+    aliases: tuple[str, ...] = ()
+    pinned: bool = False
+    preload: bool = False
+    # None: the server's default. math.inf: never expires.
+    keep_alive_s: float | None = None
+    layout: Layout = Layout.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model's files say without its weights being loaded."""
+
+    architecture: str
+    quantization: str
+    context_length: int
+    vocab_size: int
+    estimated_bytes: int
+    revision: str = ""
+    capabilities: frozenset[Capability] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model as ListModels and GetModel show it. `info` is None when its files cannot be read."""
+
+    name: str
+    state: ModelState
+    info: ModelInfo | None = None
+    aliases: tuple[str, ...] = ()
+    error_message: str = ""
+    resident_bytes: int = 0
+    active_requests: int = 0
+    queued_requests: int = 0
+    pinned: bool = False
+    load_time: float | None = None
+    last_used_time: float | None = None
+    expire_time: float | None = None
+
+
+class LoadPhase(enum.Enum):
+    QUEUED = "queued"
+    DOWNLOADING = "downloading"
+    EVICTING = "evicting"
+    LOADING = "loading"
+    WARMING_UP = "warming_up"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    phase: LoadPhase
+    completed_bytes: int = 0
+    # 0 = not known.
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    model: ModelStatus
+    already_loaded: bool
+    evicted_models: tuple[str, ...]
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """None leaves a setting as it is. keep_alive_s: 0 = unload when idle, math.inf = never."""
+
+    pinned: bool | None = None
+    keep_alive_s: float | None = None
+    disallow_eviction: bool = False
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    was_loaded: bool
+    freed_bytes: int
+
+
+# ---------------------------------------------------------------- prompts
+
+
+class Role(enum.Enum):
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+    DEVELOPER = "developer"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """`text` is what was tokenised; empty for a TokenPrompt."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    token_ids: tuple[int, ...]
+    # The exact bytes of each token; empty unless asked for.
+    pieces: tuple[bytes, ...]
+    rendered_prompt: str
+
+
+# ---------------------------------------------------------------- generation
+
+
+class Priority(enum.Enum):
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Ranges are checked where a request is read; the defaults change nothing.
+
+    `seed` None: the server picks one and reports it.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # How many of the last tokens (prompt included) the penalties look at.
+    penalty_context_size: int = 64
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """`max_tokens` None: up to the model's context length."""
+
+    max_tokens: int | None = None
+    sequences: tuple[str, ...] = ()
+    token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    max_duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    final_only: bool = False
+    include_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopConditions = field(default_factory=StopConditions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    # Empty: the server makes one.
+    generation_id: str = ""
+    priority: Priority = Priority.NORMAL
+    keep_alive_s: float | None = None
+    require_loaded: bool = False
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    STOP_SEQUENCE = "stop_sequence"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_LENGTH = "context_length"
+    TIME_LIMIT = "time_limit"
+    CANCELLED = "cancelled"
+
+
+class GenerationPhase(enum.Enum):
+    QUEUED = "queued"
+    LOADING = "loading"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStarted:
+    generation_id: str
+    model: str
+    revision: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationProgress:
+    phase: GenerationPhase
+    queue_position: int = 0
+    load: LoadProgress | None = None
+    prefilled_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDelta:
+    """New text (whole characters only) since the last delta."""
+
+    text: str
+    # All tokens generated so far, not only this delta's.
+    completion_tokens: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTimings:
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    # None: no token was generated.
+    time_to_first_token_s: float | None = None
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFinished:
+    finish_reason: FinishReason
+    # The whole output: the deltas folded.
+    text: str
+    usage: TokenUsage
+    timings: GenerationTimings
+    stop_sequence: str = ""
+    stop_token_id: int | None = None
+    token_ids: tuple[int, ...] = ()
+
+
+GenerationEvent = GenerationStarted | GenerationProgress | GenerationDelta | GenerationFinished
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimits:
+    """In a request None leaves a limit as it is; in an answer None means not available here."""
+
+    pool_bytes: int | None = None
+    memory_bytes: int | None = None
+    cache_bytes: int | None = None
+    wired_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    model: str
+    resident_bytes: int
+    active_kv_bytes: int
+    prompt_cache_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """`active`, `peak` and `cache` are MLX's own counters of this process."""
+
+    sample_time: float
+    active_bytes: int
+    peak_bytes: int
+    cache_bytes: int
+    limits: MemoryLimits
+    device_bytes: int
+    recommended_bytes: int
+    models: tuple[ModelMemory, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsChange:
+    previous: MemoryLimits
+    current: MemoryLimits
+    evicted_models: tuple[str, ...]
+
+
+# ---------------------------------------------------------------- server
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """`memory_bytes` is what the device (or this process's container) has in all."""
+
+    kind: str
+    name: str
+    architecture: str
+    memory_bytes: int
+    recommended_bytes: int
+    mlx_version: str
+    mlx_lm_version: str

@@ -1,0 +1,137 @@
+"""Domain errors: each carries the facts a caller needs. rpc/status.py alone picks the status."""
+
+from __future__ import annotations
+
+
+class MlxpoolError(Exception):
+    """The base of every error this service raises on purpose; its text may be shown to callers."""
+
+
+class InvalidFieldError(MlxpoolError, ValueError):
+    """`field` is the request's field path, in proto names."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class NotImplementedFieldError(MlxpoolError, NotImplementedError):
+    """The contract has the field or RPC; this server does not honour it yet."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is not implemented by this server; leave it unset")
+        self.field = field
+
+
+class PromptTooLongError(MlxpoolError, ValueError):
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens, the model's context {context_length}: "
+            "it leaves no room for an answer"
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
+class ModelNotFoundError(MlxpoolError, LookupError):
+    def __init__(self, model: str, known: tuple[str, ...] = ()) -> None:
+        hint = f"; this server has {', '.join(known)}" if known else ""
+        super().__init__(f"no model named {model!r}{hint}")
+        self.model = model
+
+
+class GenerationNotFoundError(MlxpoolError, LookupError):
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(f"no generation {generation_id!r} is in flight")
+        self.generation_id = generation_id
+
+
+class GenerationIdInUseError(MlxpoolError):
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(f"generation_id {generation_id!r} is in flight already")
+        self.generation_id = generation_id
+
+
+class ModelNotLoadedError(MlxpoolError):
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{model!r} is not loaded and the request asked not to load it")
+        self.model = model
+
+
+class CapabilityMissingError(MlxpoolError):
+    def __init__(self, model: str, capability: str, remedy: str) -> None:
+        super().__init__(f"{model!r} has no {capability}; {remedy}")
+        self.model = model
+        self.capability = capability
+
+
+class PoolMemoryLimitError(MlxpoolError, MemoryError):
+    """`available_bytes` is what the pool could free at most for this request."""
+
+    def __init__(self, model: str, required_bytes: int, available_bytes: int) -> None:
+        super().__init__(
+            f"{model!r} needs {required_bytes} bytes; "
+            f"the pool has {available_bytes} that are free or could be freed"
+        )
+        self.model = model
+        self.required_bytes = required_bytes
+        self.available_bytes = available_bytes
+
+
+class MemoryInUseError(MlxpoolError):
+    def __init__(self, limit_bytes: int, in_use_bytes: int) -> None:
+        super().__init__(
+            f"the limit of {limit_bytes} bytes is below the {in_use_bytes} bytes "
+            "that are pinned or in use"
+        )
+        self.limit_bytes = limit_bytes
+        self.in_use_bytes = in_use_bytes
+
+
+class LoadFailedError(MlxpoolError):
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"{model!r} could not be loaded: {problem}")
+        self.model = model
+        self.problem = problem
+
+
+class LoadSupersededError(MlxpoolError):
+    def __init__(self, model: str) -> None:
+        super().__init__(f"the load of {model!r} was stopped by an unload")
+        self.model = model
+
+
+class ModelUnloadedError(MlxpoolError):
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{model!r} was unloaded by force while it generated")
+        self.model = model
+
+
+class GenerationFailedError(MlxpoolError):
+    """The engine failed; the cause is logged, never sent."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"the generation on {model!r} failed inside the engine")
+        self.model = model
+
+
+class QueueFullError(MlxpoolError):
+    def __init__(self, queued: int, retry_after_s: float) -> None:
+        super().__init__(f"{queued} requests are waiting already")
+        self.queued = queued
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(MlxpoolError):
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the server is shutting down")
+        self.retry_after_s = retry_after_s
+
+
+class SettingsError(MlxpoolError, ValueError):
+    """A setting is unknown or wrong; the text names it and the remedy."""
+
+
+class DemoModelError(MlxpoolError):
+    """The demo model could not be fetched or converted; the text names the remedy."""
