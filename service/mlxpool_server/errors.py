@@ -135,3 +135,11 @@ class SettingsError(MlxpoolError, ValueError):
 
 class DemoModelError(MlxpoolError):
     """The demo model could not be fetched or converted; the text names the remedy."""
+
+
+class AddressUnavailableError(MlxpoolError, OSError):
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"cannot listen on {address}: it is in use, or not an address of this host"
+        )
+        self.address = address

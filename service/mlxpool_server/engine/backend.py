@@ -1,0 +1,59 @@
+"""What the engine asks of a backend. mlx_backend implements it; tests bring a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mlxpool_server.domain import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did, by slot."""
+
+    # (slot, token id): at most one new token a slot and step.
+    tokens: tuple[tuple[int, int], ...] = ()
+    # (slot, prompt tokens processed so far).
+    prefilled: tuple[tuple[int, int], ...] = ()
+
+
+class BatchRunner(Protocol):
+    """One model's running batch. Engine thread only. A slot is the caller's name for a row."""
+
+    def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary."""
+
+    def remove(self, slots: Sequence[int]) -> None:
+        """Free these slots before the next step, in whatever phase they are."""
+
+    def step(self) -> StepOutput:
+        """Advance every slot: a chunk of prefill, or one token."""
+
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache the batch holds now."""
+
+    def close(self) -> None:
+        """Drop the batch and everything it holds."""
+
+
+class LoadedModel(Protocol):
+    """Weights in memory, fully evaluated, so that any thread may use them."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Measured size of the weights."""
+
+    def new_runner(self) -> BatchRunner:
+        """An empty batch on this model. Engine thread only."""
+
+
+class TextDecoder(Protocol):
+    """Turns one sequence's tokens into text as they come."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text this token completes: whole characters only, maybe none."""
+
+    def finish(self) -> str:
+        """Return what is still held back; incomplete characters become U+FFFD."""

@@ -1,0 +1,81 @@
+"""The event-loop end of one generation: a buffer that its reader drains whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from mlxpool_server.domain import (
+    GenerationDelta,
+    GenerationFinished,
+    GenerationPhase,
+    GenerationProgress,
+)
+from mlxpool_server.errors import MlxpoolError
+
+StreamEvent = GenerationProgress | GenerationDelta | GenerationFinished
+# A stream ends with `finished`, or with the error that ended it.
+StreamItem = StreamEvent | MlxpoolError
+
+
+class OutputStream:
+    """Event loop only. A slow reader gets fewer, larger deltas: memory is bounded by the output."""
+
+    def __init__(self) -> None:
+        self._progress: GenerationProgress | None = None
+        self._latest = GenerationProgress(GenerationPhase.QUEUED)
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._completion_tokens = 0
+        self._end: GenerationFinished | MlxpoolError | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, item: StreamItem) -> None:
+        """Buffer one item. What comes after the end is dropped."""
+        if self._end is not None:
+            return
+        match item:
+            case GenerationProgress():
+                self._latest = item
+                self._progress = item
+            case GenerationDelta():
+                self._text.append(item.text)
+                self._token_ids.extend(item.token_ids)
+                self._completion_tokens = item.completion_tokens
+                self._latest = GenerationProgress(GenerationPhase.DECODING)
+            case GenerationFinished() | MlxpoolError():
+                self._end = item
+        self._wake.set()
+
+    async def events(self, heartbeat_s: float) -> AsyncGenerator[StreamEvent, None]:
+        """Yield what came, in order, until `finished`; after `heartbeat_s` of silence, progress.
+
+        Raises: the error that ended the generation.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                yield self._latest
+                continue
+            self._wake.clear()
+            if self._progress is not None:
+                progress, self._progress = self._progress, None
+                yield progress
+            if self._text or self._token_ids:
+                yield self._take_delta()
+            # What came while a reader was slow is drained before the end is told.
+            if self._end is not None and not (self._text or self._token_ids):
+                if isinstance(self._end, MlxpoolError):
+                    raise self._end
+                yield self._end
+                return
+
+    def _take_delta(self) -> GenerationDelta:
+        delta = GenerationDelta(
+            "".join(self._text), self._completion_tokens, tuple(self._token_ids)
+        )
+        self._text.clear()
+        self._token_ids.clear()
+        return delta

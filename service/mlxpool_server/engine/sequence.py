@@ -1,0 +1,155 @@
+"""The state of one request on the engine thread."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlxpool_server.domain import (
+    FinishReason,
+    GenerationDelta,
+    GenerationFinished,
+    GenerationTimings,
+    Priority,
+    SamplingParams,
+    TokenUsage,
+)
+from mlxpool_server.engine.backend import TextDecoder
+from mlxpool_server.engine.output_stream import OutputStream
+from mlxpool_server.engine.stop_matcher import StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One generation, ready to run. Instants are `time.monotonic`."""
+
+    model: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    # Why max_tokens ends it: the caller's limit, or the model's context.
+    limit_reason: FinishReason
+    decoder: TextDecoder
+    received_at: float
+    submitted_at: float
+    load_s: float = 0.0
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_sequences: tuple[str, ...] = ()
+    include_token_ids: bool = False
+    final_only: bool = False
+    expires_at: float | None = None
+    priority: Priority = Priority.NORMAL
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Folds tokens into deltas until one of the request's ends is reached."""
+
+    def __init__(
+        self,
+        slot: int,
+        request: SequenceRequest,
+        stream: OutputStream,
+        clock: Callable[[], float],
+    ) -> None:
+        self.slot = slot
+        self.request = request
+        self.stream = stream
+        self.state = SequenceState.WAITING
+        self._clock = clock
+        self._matcher = StopMatcher(request.stop_sequences)
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._unsent_text: list[str] = []
+        self._unsent_token_ids: list[int] = []
+        self._started_at: float | None = None
+        self._first_token_at: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
+
+    def start(self) -> None:
+        self.state = SequenceState.PREFILLING
+        self._started_at = self._clock()
+
+    def accept(self, token_id: int) -> tuple[GenerationDelta | GenerationFinished, ...]:
+        """Take one generated token; return what the caller should see of it, in order."""
+        if self._first_token_at is None:
+            self._first_token_at = self._clock()
+            self.state = SequenceState.DECODING
+        self._token_ids.append(token_id)
+        self._unsent_token_ids.append(token_id)
+        if token_id in self.request.stop_token_ids:
+            return self.finish(FinishReason.STOP_SEQUENCE, stop_token_id=token_id)
+        if token_id in self.request.eos_token_ids:
+            return self.finish(FinishReason.STOP, stop_token_id=token_id)
+        self._append(self._matcher.push(self.request.decoder.push(token_id)))
+        if self._matcher.matched is not None:
+            return self.finish(FinishReason.STOP_SEQUENCE)
+        if len(self._token_ids) >= self.request.max_tokens:
+            return self.finish(self.request.limit_reason)
+        return self._take_delta()
+
+    def finish(
+        self, reason: FinishReason, stop_token_id: int | None = None
+    ) -> tuple[GenerationDelta | GenerationFinished, ...]:
+        """End here. The text that was held back is part of the output, unless it matched."""
+        if self._matcher.matched is None:
+            self._append(self._matcher.push(self.request.decoder.finish()))
+            if self._matcher.matched is None:
+                self._append(self._matcher.finish())
+            else:
+                reason = FinishReason.STOP_SEQUENCE
+        self.state = SequenceState.FINISHED
+        wants_all_ids = self.request.final_only and self.request.include_token_ids
+        finished = GenerationFinished(
+            finish_reason=reason,
+            text="".join(self._text),
+            usage=TokenUsage(
+                prompt_tokens=len(self.request.prompt), completion_tokens=len(self._token_ids)
+            ),
+            timings=self._timings(),
+            stop_sequence=self._matcher.matched or "",
+            stop_token_id=stop_token_id,
+            token_ids=tuple(self._token_ids) if wants_all_ids else (),
+        )
+        return (*self._take_delta(), finished)
+
+    def _append(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._unsent_text.append(text)
+
+    def _take_delta(self) -> tuple[GenerationDelta, ...]:
+        if self.request.final_only:
+            return ()
+        ids = tuple(self._unsent_token_ids) if self.request.include_token_ids else ()
+        text = "".join(self._unsent_text)
+        if not (text or ids):
+            return ()
+        self._unsent_text.clear()
+        self._unsent_token_ids.clear()
+        return (GenerationDelta(text, completion_tokens=len(self._token_ids), token_ids=ids),)
+
+    def _timings(self) -> GenerationTimings:
+        now = self._clock()
+        started = now if self._started_at is None else self._started_at
+        first = self._first_token_at
+        received = self.request.received_at
+        return GenerationTimings(
+            queue_s=started - self.request.submitted_at,
+            load_s=self.request.load_s,
+            prefill_s=(now if first is None else first) - started,
+            decode_s=0.0 if first is None else now - first,
+            time_to_first_token_s=None if first is None else first - received,
+            total_s=now - received,
+        )

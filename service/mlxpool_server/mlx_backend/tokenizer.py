@@ -1,0 +1,184 @@
+"""mlx-lm's tokenizers as the pool sees them: thread-safe, exact to the byte."""
+
+from __future__ import annotations
+
+import codecs
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    StreamingDetokenizer,
+    TokenizerWrapper,
+)
+from mlx_lm.utils import load_tokenizer
+
+from mlxpool_server.domain import ChatMessage, Role
+from mlxpool_server.engine.backend import TextDecoder
+from mlxpool_server.errors import InvalidFieldError
+
+
+class MlxTokenizer:
+    def __init__(self, wrapper: TokenizerWrapper, vocab_size: int) -> None:
+        self._wrapper = wrapper
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+
+    @classmethod
+    def read(cls, folder: Path, vocab_size: int, eos_token_ids: object) -> MlxTokenizer:
+        """Raises: what transformers raises on a folder it cannot read. Runs no remote code."""
+        wrapper = load_tokenizer(
+            folder, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids
+        )
+        return cls(wrapper, vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self._wrapper.eos_token_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._wrapper.has_chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        fast = getattr(self._wrapper, "backend_tokenizer", None)
+        if fast is not None:
+            # transformers' own encode sets padding on shared state, and fails on two threads.
+            return tuple(fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        conversation = [
+            {"role": self._role(message.role), "content": message.text} for message in messages
+        ]
+        try:
+            rendered = self._wrapper.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise InvalidFieldError(
+                "prompt.chat.messages", f"the model's template refuses them: {error}"
+            ) from error
+        return str(rendered)
+
+    def piece(self, token_id: int) -> bytes:
+        return self._pieces[token_id] if token_id < len(self._pieces) else b""
+
+    def new_decoder(self) -> TextDecoder:
+        detokenizer = self._wrapper.detokenizer
+        if isinstance(detokenizer, BPEStreamingDetokenizer | SPMStreamingDetokenizer):
+            trims = isinstance(detokenizer, SPMStreamingDetokenizer) and detokenizer.trim_space
+            return ByteDecoder(self._pieces, self._special_ids, trims_first_space=trims)
+        return SlowDecoder(detokenizer, self._special_ids)
+
+    def _role(self, role: Role) -> str:
+        # Templates older than the role know it as system.
+        template = self._wrapper.chat_template
+        if role is Role.DEVELOPER and isinstance(template, str) and "developer" not in template:
+            return Role.SYSTEM.value
+        return role.value
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._wrapper.all_special_ids)
+
+    @cached_property
+    def _pieces(self) -> tuple[bytes, ...]:
+        """The bytes of each token."""
+        names = self._wrapper.convert_ids_to_tokens(list(range(len(self._wrapper))))
+        added = frozenset(self._wrapper.get_added_vocab().values())
+        detokenizer = self._wrapper.detokenizer
+        if isinstance(detokenizer, BPEStreamingDetokenizer):
+            alphabet = byte_alphabet()
+            return tuple(
+                _literal(name) if index in added else _byte_level(name, alphabet)
+                for index, name in enumerate(names)
+            )
+        if isinstance(detokenizer, SPMStreamingDetokenizer):
+            return tuple(
+                _literal(name) if index in added else _sentence_piece(name)
+                for index, name in enumerate(names)
+            )
+        return tuple(_literal(name) for name in names)
+
+
+class ByteDecoder:
+    """Bytes to text, whole characters at a time; special tokens have no text."""
+
+    def __init__(
+        self, pieces: Sequence[bytes], special_ids: frozenset[int], *, trims_first_space: bool
+    ) -> None:
+        self._pieces = pieces
+        self._special_ids = special_ids
+        self._trims = trims_first_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._special_ids or token_id >= len(self._pieces):
+            return ""
+        return self._trim(self._utf8.decode(self._pieces[token_id]))
+
+    def finish(self) -> str:
+        return self._trim(self._utf8.decode(b"", final=True))
+
+    def _trim(self, text: str) -> str:
+        if self._trims and text:
+            self._trims = False
+            return text.removeprefix(" ")
+        return text
+
+
+class SlowDecoder:
+    """For tokenizers whose tokens are not plain bytes: mlx-lm decodes a growing window."""
+
+    def __init__(self, detokenizer: StreamingDetokenizer, special_ids: frozenset[int]) -> None:
+        self._detokenizer = detokenizer
+        self._special_ids = special_ids
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._special_ids:
+            return ""
+        self._detokenizer.add_token(token_id)
+        return str(self._detokenizer.last_segment)
+
+    def finish(self) -> str:
+        self._detokenizer.finalize()
+        return str(self._detokenizer.last_segment)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable stand-ins that byte-level BPE writes bytes as (GPT-2's encoder)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_ins = {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | stand_ins
+
+
+def _byte_level(name: str | None, alphabet: dict[str, int]) -> bytes:
+    if name is None:
+        return b""
+    if all(char in alphabet for char in name):
+        return bytes(alphabet[char] for char in name)
+    return name.encode()
+
+
+def _sentence_piece(name: str | None) -> bytes:
+    if name is None:
+        return b""
+    if name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:-1], 16)])
+    return name.replace("\u2581", " ").encode()
+
+
+def _literal(name: str | None) -> bytes:
+    return (name or "").encode()

@@ -1,0 +1,96 @@
+"""What the pool asks of a backend, besides the engine's part. mlx_backend implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mlxpool_server.domain import (
+    ChatMessage,
+    DeviceInfo,
+    LoadProgress,
+    MemoryLimits,
+    ModelInfo,
+    ModelSpec,
+)
+from mlxpool_server.engine.backend import LoadedModel, TextDecoder
+
+
+class Tokenizer(Protocol):
+    """A model's tokenizer and chat template. Thread-safe; holds no weights."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to vocab_size - 1."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]: ...
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """Return the prompt text that opens the assistant's turn.
+
+        Raises: InvalidFieldError when the template refuses the messages.
+        """
+
+    def piece(self, token_id: int) -> bytes:
+        """Return the token's exact bytes."""
+
+    def new_decoder(self) -> TextDecoder: ...
+
+
+class ModelLoader(Protocol):
+    """Reads model files. All methods block: never on the event loop."""
+
+    def fetch(self, spec: ModelSpec, report: Callable[[LoadProgress], None]) -> None:
+        """Bring a hub model's files to this machine; nothing to do for a folder.
+
+        Raises: LoadFailedError.
+        """
+
+    def inspect(self, spec: ModelSpec) -> ModelInfo | None:
+        """Read what the files say, no weights. None: a hub model that was not fetched yet.
+
+        Raises: LoadFailedError.
+        """
+
+    def load_tokenizer(self, spec: ModelSpec) -> Tokenizer:
+        """Raises: LoadFailedError."""
+
+    def load(
+        self,
+        spec: ModelSpec,
+        report: Callable[[LoadProgress], None],
+        is_cancelled: Callable[[], bool],
+    ) -> LoadedModel:
+        """Read and evaluate the weights; `report` and `is_cancelled` are called along the way.
+
+        Raises: LoadFailedError; LoadSupersededError once `is_cancelled` answers True.
+        """
+
+
+class DeviceMemory(Protocol):
+    """The device's memory and MLX's counters. Any thread; nothing here waits for the engine."""
+
+    def device(self) -> DeviceInfo: ...
+
+    def active_bytes(self) -> int: ...
+
+    def peak_bytes(self) -> int: ...
+
+    def cache_bytes(self) -> int: ...
+
+    def limits(self) -> MemoryLimits:
+        """The limits in force; None where the device has no such limit. pool_bytes is None."""
+
+    def set_limits(self, limits: MemoryLimits) -> None:
+        """Set those that are not None. Raises: InvalidFieldError when the device refuses."""
+
+    def clear_cache(self) -> None:
+        """Return freed buffers to the system."""
+
+    def reset_peak(self) -> None: ...

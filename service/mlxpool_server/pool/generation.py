@@ -1,0 +1,254 @@
+"""One generation's way from request to `finished`: lease, render, admit, load, run."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from mlxpool_server.domain import (
+    FinishReason,
+    GenerationEvent,
+    GenerationFinished,
+    GenerationPhase,
+    GenerationProgress,
+    GenerationRequest,
+    GenerationStarted,
+    GenerationTimings,
+    ModelInfo,
+    SamplingParams,
+    TokenUsage,
+)
+from mlxpool_server.engine.engine import Engine
+from mlxpool_server.engine.output_stream import OutputStream
+from mlxpool_server.engine.sequence import SequenceRequest
+from mlxpool_server.errors import (
+    DrainingError,
+    GenerationIdInUseError,
+    GenerationNotFoundError,
+    ModelNotLoadedError,
+    PromptTooLongError,
+    QueueFullError,
+)
+from mlxpool_server.pool.lease import Lease
+from mlxpool_server.pool.model_pool import ModelPool
+from mlxpool_server.pool.prompts import PromptReader, check_token_ids
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationLimits:
+    """`max_in_flight` counts a model's running and waiting requests together."""
+
+    max_in_flight: int
+    default_max_tokens: int | None
+    max_prompt_tokens: int | None
+    heartbeat_s: float
+
+
+@dataclass(slots=True)
+class _InFlight:
+    generation_id: str
+    lease: Lease
+    received_at: float
+    expires_at: float | None
+    is_cancelled: bool = False
+    slot: int | None = None
+
+    def patience_s(self, heartbeat_s: float) -> float:
+        """How long a wait may last before this generation wants to be looked at."""
+        if self.expires_at is None:
+            return heartbeat_s
+        return min(heartbeat_s, max(0.0, self.expires_at - time.monotonic()))
+
+    def ended_early(self) -> FinishReason | None:
+        """Why it ended before it ran, if it did."""
+        if self.is_cancelled:
+            return FinishReason.CANCELLED
+        if self.expires_at is not None and self.expires_at <= time.monotonic():
+            return FinishReason.TIME_LIMIT
+        return None
+
+
+class Generations:
+    """Every generation in flight. Event loop only."""
+
+    def __init__(
+        self, pool: ModelPool, engine: Engine, prompts: PromptReader, limits: GenerationLimits
+    ) -> None:
+        self._pool = pool
+        self._engine = engine
+        self._prompts = prompts
+        self._limits = limits
+        self._in_flight: dict[str, _InFlight] = {}
+        self._is_draining = False
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield started → {progress | delta}* → finished. Closing the iterator frees its slot.
+
+        Raises: before the first event, whatever is wrong with the request or does not fit; after
+        it, what the load or the engine failed with.
+        """
+        with self._pool.lease(request.model) as lease:
+            generation = self._register(request, lease)
+            try:
+                async with aclosing(self._run(request, generation)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                # GeneratorExit arrives here when a send blocks, so abort in `finally`.
+                self._abort(generation)
+                self._forget(generation)
+
+    def cancel(self, generation_id: str) -> None:
+        """End it with FINISH_REASON_CANCELLED. Raises: GenerationNotFoundError."""
+        generation = self._in_flight.get(generation_id)
+        if generation is None:
+            raise GenerationNotFoundError(generation_id)
+        generation.is_cancelled = True
+        generation.lease.wake()
+        self._abort(generation)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Refuse new generations and wait for those in flight. False: some are left."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._all_ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ------------------------------------------------------------ the way of one request
+
+    async def _run(
+        self, request: GenerationRequest, generation: _InFlight
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        lease = generation.lease
+        sequence = await self._admit(request, generation)
+        revision = (await self._pool.info(lease.spec.name)).revision
+        yield GenerationStarted(
+            generation.generation_id, lease.spec.name, revision, sequence.sampling.seed or 0
+        )
+        async with aclosing(
+            lease.loading(lambda: generation.patience_s(self._limits.heartbeat_s))
+        ) as loading:
+            async for load in loading:
+                if generation.ended_early() is not None:
+                    break
+                yield GenerationProgress(GenerationPhase.LOADING, load=load)
+        now = time.monotonic()
+        sequence = replace(sequence, submitted_at=now, load_s=now - sequence.submitted_at)
+        reason = generation.ended_early()
+        if reason is not None:
+            yield _finished_unrun(sequence, reason)
+            return
+        lease.check()
+        stream = OutputStream()
+        generation.slot = self._engine.submit(sequence, stream)
+        async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
+            async for event in events:
+                yield event
+
+    async def _admit(self, request: GenerationRequest, generation: _InFlight) -> SequenceRequest:
+        """Everything that can refuse the request, before its first event."""
+        lease, spec = generation.lease, generation.lease.spec
+        if request.require_loaded and not lease.is_loaded:
+            raise ModelNotLoadedError(spec.name)
+        if lease.num_in_flight > self._limits.max_in_flight:
+            raise QueueFullError(lease.num_in_flight - 1, RETRY_AFTER_S)
+        tokenizer = await self._prompts.tokenizer(spec)
+        prompt = await self._prompts.read(spec, request.prompt)
+        check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer)
+        check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer)
+        info = await self._pool.info(spec.name)
+        max_tokens, limit_reason = self._max_tokens(request, len(prompt.token_ids), info)
+        await self._pool.check_fits(spec.name)
+        if request.keep_alive_s is not None:
+            self._pool.set_keep_alive(spec.name, request.keep_alive_s)
+        return SequenceRequest(
+            model=spec.name,
+            prompt=prompt.token_ids,
+            sampling=_with_seed(request.sampling),
+            max_tokens=max_tokens,
+            limit_reason=limit_reason,
+            decoder=tokenizer.new_decoder(),
+            received_at=generation.received_at,
+            submitted_at=time.monotonic(),
+            eos_token_ids=frozenset() if request.stop.ignore_eos else tokenizer.eos_token_ids,
+            stop_token_ids=request.stop.token_ids,
+            stop_sequences=request.stop.sequences,
+            include_token_ids=request.output.include_token_ids,
+            final_only=request.output.final_only,
+            expires_at=generation.expires_at,
+            priority=request.priority,
+        )
+
+    def _max_tokens(
+        self, request: GenerationRequest, prompt_tokens: int, info: ModelInfo
+    ) -> tuple[int, FinishReason]:
+        """How many tokens may come, and what it is called when they have."""
+        limit = self._limits.max_prompt_tokens
+        if limit is not None and prompt_tokens > limit:
+            raise PromptTooLongError(prompt_tokens, limit)
+        room = info.context_length - prompt_tokens
+        if room < 1:
+            raise PromptTooLongError(prompt_tokens, info.context_length)
+        wanted = request.stop.max_tokens or self._limits.default_max_tokens
+        if wanted is None or wanted > room:
+            return room, FinishReason.CONTEXT_LENGTH
+        return wanted, FinishReason.MAX_TOKENS
+
+    def _register(self, request: GenerationRequest, lease: Lease) -> _InFlight:
+        if self._is_draining:
+            raise DrainingError(RETRY_AFTER_S)
+        generation_id = request.generation_id or str(uuid.uuid4())
+        if generation_id in self._in_flight:
+            raise GenerationIdInUseError(generation_id)
+        now = time.monotonic()
+        duration_s = request.stop.max_duration_s
+        generation = _InFlight(
+            generation_id, lease, now, expires_at=None if duration_s is None else now + duration_s
+        )
+        self._in_flight[generation_id] = generation
+        self._all_ended.clear()
+        return generation
+
+    def _abort(self, generation: _InFlight) -> None:
+        if generation.slot is not None:
+            self._engine.abort(generation.slot)
+
+    def _forget(self, generation: _InFlight) -> None:
+        del self._in_flight[generation.generation_id]
+        if not self._in_flight:
+            self._all_ended.set()
+
+
+def _with_seed(sampling: SamplingParams) -> SamplingParams:
+    """Every generation has a seed, so that every generation can be repeated."""
+    if sampling.seed is not None:
+        return sampling
+    # Below 2**53, so that every JSON reader can hand it back unharmed.
+    return replace(sampling, seed=random.getrandbits(53))
+
+
+def _finished_unrun(sequence: SequenceRequest, reason: FinishReason) -> GenerationFinished:
+    return GenerationFinished(
+        finish_reason=reason,
+        text="",
+        usage=TokenUsage(prompt_tokens=len(sequence.prompt), completion_tokens=0),
+        timings=GenerationTimings(
+            load_s=sequence.load_s, total_s=time.monotonic() - sequence.received_at
+        ),
+    )

@@ -1,0 +1,41 @@
+"""What one RPC's log line says. The servicer adds facts as they become known."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+from mlxpool_server.domain import GenerationEvent, GenerationFinished, GenerationStarted
+
+_facts: ContextVar[dict[str, object] | None] = ContextVar("call_facts", default=None)
+
+
+def begin() -> dict[str, object]:
+    """Open this call's facts, for the interceptor that logs them at the end."""
+    facts: dict[str, object] = {}
+    _facts.set(facts)
+    return facts
+
+
+def add(**facts: object) -> None:
+    known = _facts.get()
+    if known is not None:
+        known.update(facts)
+
+
+def add_event(event: GenerationEvent) -> None:
+    """Note what a generation's log line needs; never its prompt or text."""
+    match event:
+        case GenerationStarted(generation_id, model):
+            add(generation_id=generation_id, model=model)
+        case GenerationFinished(usage=usage, timings=timings):
+            first = timings.time_to_first_token_s
+            add(
+                finish_reason=event.finish_reason.value,
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                ttft_s=None if first is None else round(first, 4),
+                queue_s=round(timings.queue_s, 4),
+                load_s=round(timings.load_s, 4),
+            )
+        case _:
+            pass

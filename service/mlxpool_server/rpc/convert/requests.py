@@ -1,0 +1,258 @@
+"""Requests to domain values. Ranges are checked here, what depends on the model later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxpool.v1 import memory_service_pb2 as memory_pb
+from mlxpool.v1 import model_service_pb2 as pb
+from mlxpool_server.domain import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    LoadOptions,
+    MemoryLimits,
+    ModelState,
+    OutputOptions,
+    Priority,
+    Prompt,
+    Role,
+    SamplingParams,
+    StopConditions,
+    TextPrompt,
+    TokenPrompt,
+)
+from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.rpc.convert.reading import choice, count, number, refuse, seconds
+
+ROLES: dict[int, Role] = {
+    pb.ROLE_SYSTEM: Role.SYSTEM,
+    pb.ROLE_USER: Role.USER,
+    pb.ROLE_ASSISTANT: Role.ASSISTANT,
+    pb.ROLE_TOOL: Role.TOOL,
+    pb.ROLE_DEVELOPER: Role.DEVELOPER,
+}
+PRIORITIES: dict[int, Priority] = {
+    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_HIGH: Priority.HIGH,
+}
+STATES: dict[pb.ModelState.ValueType, ModelState] = {
+    pb.MODEL_STATE_UNLOADED: ModelState.UNLOADED,
+    pb.MODEL_STATE_LOADING: ModelState.LOADING,
+    pb.MODEL_STATE_READY: ModelState.READY,
+    pb.MODEL_STATE_UNLOADING: ModelState.UNLOADING,
+    pb.MODEL_STATE_FAILED: ModelState.FAILED,
+}
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100
+MAX_STOP_TOKEN_IDS = 256
+MAX_GENERATION_ID_CHARS = 128
+WATCH_INTERVAL_S = (0.1, 1.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    max_stop_sequences: int
+    max_stop_sequence_chars: int
+
+
+def generation_request(request: pb.GenerateRequest, limits: RequestLimits) -> GenerationRequest:
+    """Raises: InvalidFieldError, NotImplementedFieldError."""
+    refuse(request, "", "adapter", "constraint")
+    refuse(request.stop, "stop.", "max_reasoning_tokens")
+    refuse(request.output, "output.", "top_logprobs")
+    generation_id = request.generation_id
+    if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
+        raise InvalidFieldError(
+            "generation_id", f"has to be at most {MAX_GENERATION_ID_CHARS} printable characters"
+        )
+    return GenerationRequest(
+        model=_model(request.model),
+        prompt=prompt(request.prompt),
+        sampling=_sampling(request.sampling),
+        stop=_stop(request.stop, limits),
+        output=OutputOptions(
+            final_only=request.output.final_only,
+            include_token_ids=request.output.include_token_ids,
+        ),
+        generation_id=generation_id,
+        priority=choice(request.priority, PRIORITIES, "priority"),
+        keep_alive_s=_keep_alive(request),
+        require_loaded=request.require_loaded,
+    )
+
+
+def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
+    refuse(request, "", "adapter", "draft_model")
+    return _model(request.model), LoadOptions(
+        pinned=request.pinned if request.HasField("pinned") else None,
+        keep_alive_s=_keep_alive(request),
+        disallow_eviction=request.disallow_eviction,
+        validate_only=request.validate_only,
+    )
+
+
+def model_name(
+    request: pb.GetModelRequest
+    | pb.UnloadModelRequest
+    | pb.TokenizeRequest
+    | pb.CountTokensRequest,
+) -> str:
+    if not isinstance(request, pb.TokenizeRequest | pb.CountTokensRequest):
+        refuse(request, "", "adapter")
+    return _model(request.model)
+
+
+def states(request: pb.ListModelsRequest) -> frozenset[ModelState]:
+    """Which states to list; every one when the caller names none."""
+    named = (choice(state, STATES, "states") for state in request.states)
+    return frozenset(named) or frozenset(ModelState)
+
+
+def prompt(message: pb.Prompt) -> Prompt:
+    match message.WhichOneof("input"):
+        case "text":
+            if not message.text:
+                raise InvalidFieldError("prompt.text", "is empty")
+            return TextPrompt(message.text)
+        case "chat":
+            return _chat(message.chat)
+        case "tokens":
+            if not message.tokens.ids:
+                raise InvalidFieldError("prompt.tokens.ids", "is empty")
+            return TokenPrompt(tuple(message.tokens.ids))
+        case _:
+            raise InvalidFieldError("prompt", "needs one of text, chat, tokens")
+
+
+def memory_limits(request: memory_pb.SetMemoryLimitsRequest) -> MemoryLimits:
+    limits = request.limits
+    values: dict[str, int | None] = {}
+    for name in ("pool_bytes", "memory_bytes", "cache_bytes", "wired_bytes"):
+        value = getattr(limits, name) if limits.HasField(name) else None
+        if value is not None and value < 0:
+            raise InvalidFieldError(f"limits.{name}", "may not be negative")
+        values[name] = value
+    return MemoryLimits(**values)
+
+
+def cache_kinds(request: memory_pb.ClearCacheRequest) -> frozenset[int]:
+    """The kinds to clear; buffers when the caller names none."""
+    known: dict[int, int] = {
+        memory_pb.CACHE_KIND_BUFFERS: memory_pb.CACHE_KIND_BUFFERS,
+        memory_pb.CACHE_KIND_PROMPTS: memory_pb.CACHE_KIND_PROMPTS,
+    }
+    kinds = frozenset(choice(kind, known, "kinds") for kind in request.kinds)
+    return kinds or frozenset({memory_pb.CACHE_KIND_BUFFERS})
+
+
+def watch_interval_s(request: memory_pb.WatchMemoryUsageRequest) -> float:
+    low, default, high = WATCH_INTERVAL_S
+    if not request.HasField("interval"):
+        return default
+    return min(high, max(low, seconds(request.interval, "interval")))
+
+
+def _model(name: str) -> str:
+    if not name:
+        raise InvalidFieldError("model", "is empty")
+    return name
+
+
+def _keep_alive(request: pb.GenerateRequest | pb.LoadModelRequest) -> float | None:
+    return seconds(request.keep_alive, "keep_alive") if request.HasField("keep_alive") else None
+
+
+def _chat(chat: pb.ChatPrompt) -> ChatPrompt:
+    refuse(
+        chat,
+        "prompt.chat.",
+        "tools",
+        "tool_choice",
+        "enable_reasoning",
+        "continue_final_message",
+        "template_kwargs",
+    )
+    if not chat.messages:
+        raise InvalidFieldError("prompt.chat.messages", "is empty")
+    return ChatPrompt(
+        tuple(
+            _message(message, f"prompt.chat.messages[{index}].")
+            for index, message in enumerate(chat.messages)
+        )
+    )
+
+
+def _message(message: pb.ChatMessage, prefix: str) -> ChatMessage:
+    refuse(message, prefix, "reasoning", "tool_calls", "tool_call_id")
+    for index, part in enumerate(message.content):
+        refuse(part, f"{prefix}content[{index}].", "image")
+    return ChatMessage(
+        role=choice(message.role, ROLES, f"{prefix}role"),
+        text="".join(part.text for part in message.content),
+    )
+
+
+def _sampling(sampling: pb.SamplingParams) -> SamplingParams:
+    base = SamplingParams()
+    path = "sampling."
+    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
+        raise InvalidFieldError(f"{path}logit_bias", f"has more than {MAX_LOGIT_BIASES} entries")
+    for token_id, bias in sampling.logit_bias.items():
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise InvalidFieldError(
+                f"{path}logit_bias",
+                f"is {bias:g} for token {token_id}; it has to be in [-100, 100]",
+            )
+
+    def read(name: str, low: float, high: float, *, open_low: bool = False) -> float:
+        return number(
+            sampling, path + name, getattr(base, name), low=low, high=high, open_low=open_low
+        )
+
+    return SamplingParams(
+        temperature=read("temperature", 0, 100),
+        top_p=read("top_p", 0, 1, open_low=True),
+        top_k=count(sampling, f"{path}top_k", base.top_k, low=0),
+        min_p=read("min_p", 0, 1),
+        repetition_penalty=read("repetition_penalty", 0, 100, open_low=True),
+        presence_penalty=read("presence_penalty", -2, 2),
+        frequency_penalty=read("frequency_penalty", -2, 2),
+        penalty_context_size=count(
+            sampling, f"{path}penalty_context_size", base.penalty_context_size, low=1
+        ),
+        xtc_probability=read("xtc_probability", 0, 1),
+        xtc_threshold=read("xtc_threshold", 0, 0.5),
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed if sampling.HasField("seed") else None,
+    )
+
+
+def _stop(stop: pb.StopConditions, limits: RequestLimits) -> StopConditions:
+    if len(stop.sequences) > limits.max_stop_sequences:
+        raise InvalidFieldError(
+            "stop.sequences", f"has more than {limits.max_stop_sequences} entries"
+        )
+    for sequence in stop.sequences:
+        if not 0 < len(sequence) <= limits.max_stop_sequence_chars:
+            raise InvalidFieldError(
+                "stop.sequences",
+                f"has an entry of {len(sequence)} characters; "
+                f"1 to {limits.max_stop_sequence_chars} are allowed",
+            )
+    if len(stop.token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidFieldError("stop.token_ids", f"has more than {MAX_STOP_TOKEN_IDS} entries")
+    max_duration_s = None
+    if stop.HasField("max_duration"):
+        max_duration_s = seconds(stop.max_duration, "stop.max_duration")
+        if max_duration_s == 0:
+            raise InvalidFieldError("stop.max_duration", "is 0; it has to be longer")
+    return StopConditions(
+        max_tokens=count(stop, "stop.max_tokens", None, low=1),
+        sequences=tuple(stop.sequences),
+        token_ids=frozenset(stop.token_ids),
+        ignore_eos=stop.ignore_eos,
+        max_duration_s=max_duration_s,
+    )

@@ -1,0 +1,93 @@
+"""The gRPC server: our services, the standard ones, and the channel's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from google.rpc import error_details_pb2
+from grpc import aio
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health as standard_health
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mlxpool.v1 import (
+    memory_service_pb2,
+    memory_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+from mlxpool_server.errors import AddressUnavailableError
+from mlxpool_server.rpc.health import Health
+from mlxpool_server.rpc.interceptors.errors import errors_to_status
+from mlxpool_server.rpc.interceptors.logging import logged
+from mlxpool_server.rpc.interceptors.wrap import AroundInterceptor
+from mlxpool_server.rpc.memory_service import MemoryService
+from mlxpool_server.rpc.model_service import ModelService
+
+# Reflection resolves the details in our statuses only when this file is registered.
+_DETAILS = error_details_pb2.DESCRIPTOR
+
+
+def build_server(
+    *,
+    model_service: ModelService,
+    memory_service: MemoryService,
+    health: Health,
+    max_message_bytes: int,
+) -> aio.Server:
+    server = aio.server(
+        interceptors=[AroundInterceptor(logged), AroundInterceptor(errors_to_status)],
+        options=_options(max_message_bytes),
+    )
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, server)
+    memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(memory_service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    channelz.add_channelz_servicer(server)
+    reflection.enable_server_reflection(_reflected_services(), server)
+    return server
+
+
+def bind(server: aio.Server, addresses: Sequence[str]) -> tuple[str, ...]:
+    """Bind every address; return them with the ports the kernel picked.
+
+    Raises: AddressUnavailableError.
+    """
+    bound = []
+    for address in addresses:
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressUnavailableError(address) from error
+        if address.startswith("unix:"):
+            bound.append(address)
+        else:
+            bound.append(f"{address.rpartition(':')[0]}:{port}")
+    return tuple(bound)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Otherwise two servers share a port, silently.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping through a long silence; by default that costs them the connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Clients that vanished without closing are noticed, and their slots freed.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.enable_channelz", 1),
+    ]
+
+
+def _reflected_services() -> tuple[str, ...]:
+    return (
+        model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+        memory_service_pb2.DESCRIPTOR.services_by_name["MemoryService"].full_name,
+        standard_health.SERVICE_NAME,
+        "grpc.channelz.v1.Channelz",
+        reflection.SERVICE_NAME,
+    )

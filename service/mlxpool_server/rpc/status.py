@@ -1,0 +1,154 @@
+"""Domain errors to gRPC statuses with google.rpc details: the only place that picks a status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details_pb
+from google.rpc import status_pb2
+
+from mlxpool_server import errors
+
+DOMAIN = "mlxpool"
+# Many peers limit all trailers to 8 KiB; texts come from requests and model files.
+MAX_TEXT_CHARS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    details: Sequence[Message] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    retry_after_s: float | None = None
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The details as clients of every language look for them."""
+        info = details_pb.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in (info, *self.details):
+            packed = Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        trailers: list[tuple[str, str | bytes]] = [
+            ("grpc-status-details-bin", status.SerializeToString())
+        ]
+        if self.retry_after_s is not None:
+            trailers.append(("grpc-retry-pushback-ms", str(int(self.retry_after_s * 1000))))
+        return tuple(trailers)
+
+
+def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, PLR0912 - a table
+    """Every error has a status; one that is unknown here is INTERNAL without its text."""
+    message = shorten(str(error))
+    code = grpc.StatusCode
+    match error:
+        case errors.InvalidFieldError(field=path, problem=problem):
+            return RpcStatus(
+                code.INVALID_ARGUMENT, "INVALID_FIELD", message, [_bad_request(path, problem)]
+            )
+        case errors.PromptTooLongError():
+            return RpcStatus(
+                code.INVALID_ARGUMENT,
+                "PROMPT_TOO_LONG",
+                message,
+                [_bad_request("prompt", message)],
+                {
+                    "promptTokens": str(error.prompt_tokens),
+                    "contextLength": str(error.context_length),
+                },
+            )
+        case errors.NotImplementedFieldError(field=path):
+            return RpcStatus(
+                code.UNIMPLEMENTED, "NOT_IMPLEMENTED", message, [_bad_request(path, message)]
+            )
+        case errors.ModelNotFoundError(model=name):
+            return RpcStatus(
+                code.NOT_FOUND, "MODEL_NOT_FOUND", message, [_resource("model", name, message)]
+            )
+        case errors.GenerationNotFoundError(generation_id=name):
+            detail = _resource("generation", name, message)
+            return RpcStatus(code.NOT_FOUND, "GENERATION_NOT_FOUND", message, [detail])
+        case errors.GenerationIdInUseError():
+            return RpcStatus(code.ALREADY_EXISTS, "GENERATION_ID_IN_USE", message)
+        case errors.ModelNotLoadedError():
+            return RpcStatus(code.FAILED_PRECONDITION, "MODEL_NOT_LOADED", message)
+        case errors.CapabilityMissingError():
+            return RpcStatus(code.FAILED_PRECONDITION, "CAPABILITY_MISSING", message)
+        case errors.MemoryInUseError():
+            return RpcStatus(
+                code.FAILED_PRECONDITION,
+                "MEMORY_IN_USE",
+                message,
+                metadata={
+                    "limitBytes": str(error.limit_bytes),
+                    "inUseBytes": str(error.in_use_bytes),
+                },
+            )
+        case errors.PoolMemoryLimitError():
+            return RpcStatus(
+                code.RESOURCE_EXHAUSTED,
+                "POOL_MEMORY_LIMIT",
+                message,
+                [_quota(error.model, message)],
+                {
+                    "requiredBytes": str(error.required_bytes),
+                    "availableBytes": str(error.available_bytes),
+                },
+            )
+        case errors.LoadSupersededError():
+            return RpcStatus(code.ABORTED, "LOAD_SUPERSEDED", message)
+        case errors.ModelUnloadedError():
+            return RpcStatus(code.ABORTED, "MODEL_UNLOADED", message)
+        case errors.QueueFullError(retry_after_s=wait_s):
+            return RpcStatus(
+                code.UNAVAILABLE, "QUEUE_FULL", message, [_retry(wait_s)], retry_after_s=wait_s
+            )
+        case errors.DrainingError(retry_after_s=wait_s):
+            return RpcStatus(
+                code.UNAVAILABLE, "DRAINING", message, [_retry(wait_s)], retry_after_s=wait_s
+            )
+        case errors.LoadFailedError():
+            return RpcStatus(code.INTERNAL, "LOAD_FAILED", message)
+        case errors.GenerationFailedError():
+            return RpcStatus(code.INTERNAL, "GENERATION_FAILED", message)
+        case _:
+            return INTERNAL_STATUS
+
+
+INTERNAL_STATUS = RpcStatus(
+    grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed; its log has the cause"
+)
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 1] + "…"
+
+
+def _bad_request(path: str, problem: str) -> details_pb.BadRequest:
+    violation = details_pb.BadRequest.FieldViolation(
+        field=shorten(path), description=shorten(problem)
+    )
+    return details_pb.BadRequest(field_violations=[violation])
+
+
+def _resource(kind: str, name: str, description: str) -> details_pb.ResourceInfo:
+    return details_pb.ResourceInfo(
+        resource_type=kind, resource_name=shorten(name), description=description
+    )
+
+
+def _quota(subject: str, description: str) -> details_pb.QuotaFailure:
+    violation = details_pb.QuotaFailure.Violation(subject=subject, description=description)
+    return details_pb.QuotaFailure(violations=[violation])
+
+
+def _retry(wait_s: float) -> details_pb.RetryInfo:
+    info = details_pb.RetryInfo()
+    info.retry_delay.FromMilliseconds(int(wait_s * 1000))
+    return info

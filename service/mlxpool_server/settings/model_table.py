@@ -1,0 +1,100 @@
+"""A model as operators write it: a `[[models]]` table or `NAME=PATH_OR_HUB_ID`."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from mlxpool_server.domain import HubSource, Layout, ModelSpec
+from mlxpool_server.settings.quantities import parse_keep_alive
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
+    r"(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,254}))?",
+    re.ASCII,
+)
+
+
+class ModelTable(BaseModel):
+    """One `[[models]]` table. Exactly one of `path` and `hub` says where the weights are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    aliases: tuple[str, ...] = ()
+    pinned: bool = False
+    preload: bool = False
+    keep_alive_s: Annotated[float | None, BeforeValidator(parse_keep_alive)] = None
+    layout: Layout = Layout.AUTO
+
+    def spec(self, folder: Path) -> ModelSpec:
+        """Return the domain's value; a relative path starts from `folder`.
+
+        Raises: ValueError, whose text ends with the remedy.
+        """
+        return ModelSpec(
+            name=self.name,
+            source=self._source(folder),
+            aliases=self.aliases,
+            pinned=self.pinned,
+            preload=self.preload,
+            keep_alive_s=self.keep_alive_s,
+            layout=self.layout,
+        )
+
+    def _source(self, folder: Path) -> Path | HubSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("needs either path or hub; write exactly one of the two")
+        if self.path is not None:
+            if self.revision is not None:
+                raise ValueError("revision belongs to hub, not to path; remove it")
+            return anchored_path(self.path, folder)
+        source = parse_hub_id(self.hub or "")
+        if self.revision is None:
+            return source
+        if source.revision is not None:
+            raise ValueError("has two revisions; write it after @ or as revision, not both")
+        return parse_hub_id(f"{source.repo_id}@{self.revision}")
+
+
+def parse_model_flag(text: str, folder: Path) -> ModelSpec:
+    """Read `NAME=PATH_OR_HUB_ID`; a relative path starts from `folder`.
+
+    A value that starts with / . or ~, or names an existing folder, is a path.
+    Raises: ValueError, whose text ends with the remedy.
+    """
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise ValueError("not a model; write NAME=PATH or NAME=ORG/REPO[@REVISION]")
+    if source.startswith(("/", ".", "~")) or (folder / source).is_dir():
+        return ModelSpec(name, anchored_path(source, folder))
+    return ModelSpec(name, parse_hub_id(source))
+
+
+def parse_hub_id(text: str) -> HubSource:
+    """Read `ORG/REPO[@REVISION]`. Raises: ValueError, whose text ends with the remedy."""
+    match = _HUB_ID.fullmatch(text)
+    if match is None or ".." in text:
+        raise ValueError(
+            f"{text[:200]!r} is neither a folder nor a hub id; "
+            "write a path that starts with / . or ~, or ORG/REPO[@REVISION]"
+        )
+    return HubSource(match["repo"], match["revision"])
+
+
+def anchored_path(text: str, folder: Path) -> Path:
+    """Return `text` as an absolute path; `~` is the home, a relative path starts from `folder`.
+
+    Raises: ValueError, whose text ends with the remedy.
+    """
+    if not text or "\0" in text:
+        raise ValueError("not a path; write a file's or folder's name")
+    try:
+        # Not resolved: a symlink that is swapped while the server runs is followed anew.
+        return folder.absolute() / Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder for {text[:200]!r}; write the path in full") from None
