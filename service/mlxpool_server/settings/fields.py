@@ -119,7 +119,7 @@ class Settings(BaseModel):
     max_queued_requests: Count = Field(
         default=256,
         title="count",
-        description="Requests that may wait per model; further ones get RESOURCE_EXHAUSTED.",
+        description="Requests that may wait per model; further ones get UNAVAILABLE.",
     )
     default_max_tokens: Count | None = Field(
         default=None,

@@ -25,7 +25,10 @@ _SERVICE_LINK = re.compile(
     r"MLXPOOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
 )
 # Names with our prefix that are no settings: the file itself, and where caches are kept.
-_OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, f"{_PREFIX}CACHE_DIR"})
+# Read elsewhere: by the cache folder, the client and the scripts.
+_OTHER_VARIABLES = frozenset(
+    {CONFIG_VARIABLE, f"{_PREFIX}CACHE_DIR", f"{_PREFIX}TARGET", f"{_PREFIX}EXTRA"}
+)
 _LISTS = frozenset({"listen", "models"})
 _PATHS = frozenset({"models_dir", "blas_library"})
 _MAX_ECHOED_CHARS = 80
