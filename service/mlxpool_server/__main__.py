@@ -1,7 +1,16 @@
-"""Run the server: `python -m mlxpool_server` is `mlxpool serve`."""
+"""`python -m mlxpool_server` is `mlxpool serve`."""
 
+import logging
+import os
 import sys
 
 from mlxpool_server.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    exit_code = main()
+    # mlx.core's thread-local destructors ask for an interpreter that is already finalising and
+    # abort the process; nothing of ours is left to finalise.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

