@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -34,6 +35,8 @@ log = structlog.get_logger(__name__)
 ENGINE_STOP_S = 5.0
 # How long calls that are no generations (watchers, loads) may linger after the drain.
 CALLS_STOP_S = 1.0
+# How long a load may take to notice that it is no longer wanted.
+POOL_CLOSE_S = 5.0
 
 
 class App:
@@ -72,6 +75,7 @@ class App:
             ),
         )
         self._health = Health()
+        self._memory_service = MemoryService(PoolMemory(self._pool, memory))
         self._server = build_server(
             model_service=ModelService(
                 catalog=catalog,
@@ -82,7 +86,7 @@ class App:
                 device=device,
                 start_time=time.time(),
             ),
-            memory_service=MemoryService(PoolMemory(self._pool, memory)),
+            memory_service=self._memory_service,
             health=self._health,
             max_message_bytes=settings.max_message_bytes,
         )
@@ -119,8 +123,11 @@ class App:
     def request_stop(self) -> None:
         self._stop_requested.set()
 
-    async def stop(self) -> None:
-        """NOT_SERVING → refuse new work → drain → stop the server, the pool, the engine."""
+    async def stop(self) -> bool:
+        """NOT_SERVING → refuse new work → drain → stop the engine, the server, the pool.
+
+        False: a thread is stuck, in a step or a load, and will not end with the process.
+        """
         await self._health.set_serving(is_serving=False)
         log.info("server.draining", in_flight=self._generations.num_in_flight)
         is_drained = await self._generations.drain(self._settings.drain_grace_s)
@@ -128,9 +135,26 @@ class App:
             log.warning("server.drain_timed_out", in_flight=self._generations.num_in_flight)
         error = DrainingError(retry_after_s=1.0)
         is_engine_stopped = await self._engine.stop(error, ENGINE_STOP_S)
-        await self._server.stop(CALLS_STOP_S)
-        await self._pool.close(error)
-        log.info("server.stopped", drained=is_drained, engine_stopped=is_engine_stopped)
+        self._memory_service.close()
+        # Together: the server takes no new calls, and those that watch a load learn how it ended.
+        _, is_pool_closed = await asyncio.gather(
+            self._server.stop(CALLS_STOP_S), self._close_pool(error)
+        )
+        log.info(
+            "server.stopped",
+            drained=is_drained,
+            engine_stopped=is_engine_stopped,
+            pool_closed=is_pool_closed,
+        )
+        return is_engine_stopped and is_pool_closed
+
+    async def _close_pool(self, error: DrainingError) -> bool:
+        try:
+            async with asyncio.timeout(POOL_CLOSE_S):
+                await self._pool.close(error)
+        except TimeoutError:
+            return False
+        return True
 
     def _on_model_failed(self, name: str) -> None:
         self._pool.model_failed(name)
@@ -184,8 +208,13 @@ async def _serve(settings: Settings, catalog: Catalog) -> int:
     app = App(settings, catalog, loader, memory)
     _stop_on_signals(app)
     await app.start()
+    # What is imported by now stays: full collections, which stop every thread, need not visit it.
+    gc.collect()
+    gc.freeze()
     exit_code = await app.run_until_stopped()
-    await app.stop()
+    if not await app.stop():
+        # Python would wait for the stuck thread, and the caller of the signal for us.
+        os._exit(exit_code)
     return exit_code
 
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# By how many tokens mlx-lm's KV caches grow at a time.
+KV_STEP_TOKENS = 256
+
 # ---------------------------------------------------------------- models
 
 
@@ -59,6 +62,41 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model's generations take beyond its weights, by its own cache layout.
+
+    Bytes for one row of the batch, unless said otherwise.
+    """
+
+    # Layers that keep every token, together.
+    kv_bytes_per_token: int = 0
+    # (tokens, bytes per token) of layers that keep the last so many tokens.
+    kv_windows: tuple[tuple[int, int], ...] = ()
+    # Recurrent state, whatever the length.
+    state_bytes: int = 0
+    activation_bytes_per_token: int = 0
+    # For each pair of a prompt token worked on and a token it attends to.
+    score_bytes: int = 0
+    logits_bytes: int = 0
+
+    def row_bytes(self, num_tokens: int) -> int:
+        """KV cache and state of one row; a cache grows by KV_STEP_TOKENS at a time."""
+        allocated = num_tokens + KV_STEP_TOKENS
+        windows = sum(min(window, allocated) * size for window, size in self.kv_windows)
+        return self.kv_bytes_per_token * allocated + windows + self.state_bytes
+
+    def batch_bytes(self, num_rows: int, longest: int, prefill_tokens: int) -> int:
+        """The most that `num_rows` rows of up to `longest` tokens take while they run.
+
+        Every row of a batch is as long as its longest. `prefill_tokens` are the prompt tokens, of
+        all rows together, that one step works on.
+        """
+        per_prefill_token = self.activation_bytes_per_token + self.score_bytes * longest
+        transient = max(self.logits_bytes * num_rows, per_prefill_token * prefill_tokens)
+        return num_rows * self.row_bytes(longest) + transient
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a model's files say without its weights being loaded."""
 
@@ -67,6 +105,7 @@ class ModelInfo:
     context_length: int
     vocab_size: int
     estimated_bytes: int
+    footprint: Footprint = Footprint()
     revision: str = ""
     capabilities: frozenset[Capability] = frozenset()
 

@@ -6,17 +6,20 @@ In: one inbox, blocking when idle, drained between steps. Out: one call on the e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
-from mlxpool_server.domain import FinishReason
+from mlxpool_server.domain import FinishReason, GenerationFinished
 from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.engine.messages import Abort, Attach, Detach, Message, Stop, Submit
 from mlxpool_server.engine.model_runner import ModelRunner, RunnerStats
 from mlxpool_server.engine.output_stream import OutputStream, StreamItem
 from mlxpool_server.engine.sequence import Sequence, SequenceRequest
@@ -28,51 +31,24 @@ log = structlog.get_logger(__name__)
 MAX_CONSECUTIVE_FAILURES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Attach:
-    name: str
-    model: LoadedModel
-    done: asyncio.Future[None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Detach:
-    name: str
-    error: MlxpoolError
-    done: asyncio.Future[None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    slot: int
-    request: SequenceRequest
-    stream: OutputStream
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    slot: int
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    error: MlxpoolError
-
-
-_Message = _Attach | _Detach | _Submit | _Abort | _Stop
-
-
 @dataclass(slots=True)
 class _Lane:
     """A model's runner, and how its last steps went."""
 
     runner: ModelRunner
-    consecutive_failures: int = field(default=0)
+    consecutive_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """The event-loop end of a generation that has not ended yet."""
+
+    stream: OutputStream
+    model: str
 
 
 class Engine:
-    """Methods without `_` are for the event loop's thread; the rest runs on the engine thread."""
+    """The first half is for the event loop's thread; the second runs on the engine thread."""
 
     def __init__(
         self,
@@ -82,20 +58,25 @@ class Engine:
         on_model_failed: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_death` and `on_model_failed` are called on the event loop."""
         self._max_batch_size = max_batch_size
         self._on_death = on_death
         self._on_model_failed = on_model_failed
         self._clock = clock
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._lanes: dict[str, _Lane] = {}
-        self._turns: list[str] = []
-        self._slots = itertools.count()
-        self._outbox: list[tuple[OutputStream, StreamItem]] = []
-        self._stats: dict[str, RunnerStats] = {}
-        self._streams: dict[int, tuple[OutputStream, str]] = {}
-        self._pending: set[asyncio.Future[None]] = set()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        # The event loop's.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
+        self._slots = itertools.count()
+        self._readers: dict[int, _Reader] = {}
+        self._pending: dict[asyncio.Future[None], str] = {}
+        # The engine thread's.
+        self._lanes: dict[str, _Lane] = {}
+        self._turns: list[str] = []
+        self._outbox: list[tuple[int, StreamItem]] = []
+        self._replies: list[tuple[asyncio.Future[None], Exception | None]] = []
+        # Written by the engine thread, frozen values, read by anyone.
+        self._stats: dict[str, RunnerStats] = {}
         # A daemon, so that an engine stuck inside a step cannot keep a process from ending.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -113,62 +94,85 @@ class Engine:
     async def stop(self, error: MlxpoolError, timeout_s: float) -> bool:
         """End every stream with `error` and join the thread. False: it did not end in time."""
         self._is_running = False
-        self._inbox.put(_Stop(error))
+        if self._thread.ident is None:
+            return True
+        self._inbox.put(Stop(error))
         await asyncio.to_thread(self._thread.join, timeout_s)
+        # Nobody is left but those whom a thread stuck in its step did not get to.
+        self._end_everyone(lambda _model: error)
         return not self._thread.is_alive()
 
     async def attach(self, name: str, model: LoadedModel) -> None:
         """Make `model` runnable as `name`. Raises: what building its batch raised."""
-        done = self._new_pending()
-        self._send(_Attach(name, model, done), name)
-        await done
+        await self._ask(lambda done: Attach(name, model, done), name)
 
     async def detach(self, name: str, error: MlxpoolError) -> None:
         """End what still runs on `name` with `error` and let go of its model."""
-        done = self._new_pending()
-        self._send(_Detach(name, error, done), name)
-        await done
+        await self._ask(lambda done: Detach(name, error, done), name)
 
     def submit(self, request: SequenceRequest, stream: OutputStream) -> int:
-        """Queue one generation; its events arrive on `stream`. Returns the slot, for `abort`."""
+        """Queue one generation; its events arrive on `stream`. Returns the slot, for `abort`.
+
+        Raises: GenerationFailedError when the engine does not run.
+        """
+        self._check_alive(request.model)
         slot = next(self._slots)
-        self._streams[slot] = (stream, request.model)
-        self._send(_Submit(slot, request, stream), request.model)
+        self._readers[slot] = _Reader(stream, request.model)
+        self._inbox.put(Submit(slot, request))
         return slot
 
     def abort(self, slot: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a generation with what it has; no harm when it ended already."""
-        if self._streams.pop(slot, None) is not None and self.is_alive:
-            self._inbox.put(_Abort(slot, reason))
+        if slot in self._readers and self.is_alive:
+            self._inbox.put(Abort(slot, reason))
 
     def stats(self, name: str) -> RunnerStats:
         """What the model was doing at its last step."""
         return self._stats.get(name, RunnerStats())
 
-    def _new_pending(self) -> asyncio.Future[None]:
+    async def _ask(self, message: Callable[[asyncio.Future[None]], Message], name: str) -> None:
+        self._check_alive(name)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.add(done)
-        done.add_done_callback(self._pending.discard)
-        return done
+        self._pending[done] = name
+        self._inbox.put(message(done))
+        try:
+            await done
+        finally:
+            self._pending.pop(done, None)
+            # It holds the error it raises, whose frames hold the model: no cycle here.
+            del done
 
-    def _send(self, message: _Message, name: str) -> None:
+    def _check_alive(self, name: str) -> None:
         if not self.is_alive:
             raise GenerationFailedError(name)
-        self._inbox.put(message)
 
-    def _deliver(self, items: list[tuple[OutputStream, StreamItem]]) -> None:
-        for stream, item in items:
-            stream.put(item)
+    def _deliver(
+        self,
+        items: list[tuple[int, StreamItem]],
+        replies: list[tuple[asyncio.Future[None], Exception | None]],
+    ) -> None:
+        for slot, item in items:
+            reader = self._readers.get(slot)
+            if reader is None:
+                continue
+            reader.stream.put(item)
+            if isinstance(item, GenerationFinished | MlxpoolError):
+                del self._readers[slot]
+        for done, error in replies:
+            _settle(done, error)
 
     def _mourn(self) -> None:
         """The thread died: nobody may go on waiting for it."""
         self._is_running = False
-        for stream, name in self._streams.values():
-            stream.put(GenerationFailedError(name))
-        self._streams.clear()
-        for done in list(self._pending):
-            _settle(done, GenerationFailedError("engine"))
+        self._end_everyone(GenerationFailedError)
         self._on_death()
+
+    def _end_everyone(self, error_for: Callable[[str], MlxpoolError]) -> None:
+        for reader in self._readers.values():
+            reader.stream.put(error_for(reader.model))
+        self._readers.clear()
+        for done, name in self._pending.items():
+            _settle(done, error_for(name))
 
     # ------------------------------------------------------------ the engine thread's side
 
@@ -185,31 +189,32 @@ class Engine:
         """Handle what is in the inbox; wait for something when idle. False: stop."""
         while True:
             is_idle = not any(lane.runner.has_work for lane in self._lanes.values())
+            if is_idle:
+                self._flush()
             try:
                 message = self._inbox.get(block=is_idle)
             except queue.Empty:
+                self._flush()
                 return True
             if not self._handle(message):
                 return False
-            self._flush()
+            # It may hold a model: gone before anyone is told, and while the engine is idle.
+            del message
 
-    def _handle(self, message: _Message) -> bool:
+    def _handle(self, message: Message) -> bool:
         match message:
-            case _Attach(name, model, done):
-                self._attach(name, model, done)
-            case _Detach(name, error, done):
-                self._detach(name, error, done)
-            case _Submit(slot, request, stream):
-                self._submit(slot, request, stream)
-            case _Abort(slot, reason):
-                for name, lane in self._lanes.items():
-                    if lane.runner.abort(slot, reason):
-                        self._publish(name, lane)
-                        break
-            case _Stop(error):
-                for lane in self._lanes.values():
-                    lane.runner.close(error)
-                self._lanes.clear()
+            case Attach():
+                self._attach(message.name, message.model, message.done)
+            case Detach():
+                self._drop_lane(message.name, message.error)
+                self._replies.append((message.done, None))
+            case Submit():
+                self._submit(message.slot, message.request)
+            case Abort():
+                self._abort(message.slot, message.reason)
+            case Stop():
+                for name in list(self._lanes):
+                    self._drop_lane(name, message.error)
                 self._flush()
                 return False
         return True
@@ -223,78 +228,94 @@ class Engine:
                 emit=self._emit,
                 clock=self._clock,
             )
-        except Exception as error:  # noqa: BLE001 - the loader is told; the engine goes on
-            self._call_loop(_settle, done, error)
+        except Exception as error:  # the loader is told; the engine goes on
+            log.exception("engine.attach_failed", model=name)
+            # Its frames hold the model.
+            self._replies.append((done, error.with_traceback(None)))
             return
         self._lanes[name] = _Lane(runner)
         self._turns.append(name)
-        self._call_loop(_settle, done, None)
+        self._replies.append((done, None))
 
-    def _detach(self, name: str, error: MlxpoolError, done: asyncio.Future[None]) -> None:
-        lane = self._lanes.pop(name, None)
-        if lane is not None:
-            self._turns.remove(name)
-            lane.runner.close(error)
-            self._stats.pop(name, None)
-        self._flush()
-        self._call_loop(_settle, done, None)
-
-    def _submit(self, slot: int, request: SequenceRequest, stream: OutputStream) -> None:
+    def _submit(self, slot: int, request: SequenceRequest) -> None:
         lane = self._lanes.get(request.model)
         if lane is None:
-            self._emit(stream, GenerationFailedError(request.model))
+            self._emit(slot, GenerationFailedError(request.model))
             return
-        lane.runner.submit(Sequence(slot, request, stream, self._clock))
-        self._publish(request.model, lane)
+        sequence = Sequence(slot, request, self._clock)
+        self._guard(request.model, lane, partial(lane.runner.submit, sequence))
+
+    def _abort(self, slot: int, reason: FinishReason) -> None:
+        for name, lane in self._lanes.items():
+            if slot in lane.runner:
+                self._guard(name, lane, partial(lane.runner.abort, slot, reason))
+                return
 
     def _step(self) -> None:
         """One step of the model whose turn it is."""
-        for index, name in enumerate(self._turns):
+        for name in self._turns:
             lane = self._lanes[name]
             if lane.runner.has_work:
-                self._turns.append(self._turns.pop(index))
-                self._step_lane(name, lane)
-                if name in self._lanes:
-                    self._publish(name, lane)
+                self._turns.remove(name)
+                self._turns.append(name)
+                if self._guard(name, lane, lane.runner.step):
+                    lane.consecutive_failures = 0
                 return
 
-    def _step_lane(self, name: str, lane: _Lane) -> None:
+    def _guard(self, name: str, lane: _Lane, action: Callable[[], None]) -> bool:
+        """A failure inside a model's batch ends that model's streams, and nothing else."""
         try:
-            lane.runner.step()
-        except Exception:  # the step failed: its streams fail, the model gets a fresh batch
+            action()
+            self._stats[name] = lane.runner.stats()
+        except Exception:  # the cause is logged; the callers get GenerationFailedError
             log.exception("engine.step_failed", model=name)
-            lane.consecutive_failures += 1
-            self._recover(name, lane)
         else:
-            lane.consecutive_failures = 0
+            return True
+        # Out of the except block: the failed step's frames hold its arrays.
+        self._recover(name, lane)
+        return False
 
     def _recover(self, name: str, lane: _Lane) -> None:
+        """Give the model a fresh batch, or give it up."""
+        lane.consecutive_failures += 1
+        if lane.consecutive_failures < MAX_CONSECUTIVE_FAILURES:
+            try:
+                lane.runner.rebuild()
+            except Exception:  # this model is lost, the others go on
+                log.exception("engine.rebuild_failed", model=name)
+            else:
+                self._stats.pop(name, None)
+                return
+        self._drop_lane(name, GenerationFailedError(name))
+        self._flush()
+        self._call_loop(self._on_model_failed, name)
+
+    def _drop_lane(self, name: str, error: MlxpoolError) -> None:
+        """End the model's streams and let go of its weights: nothing here refers to them then."""
+        lane = self._lanes.pop(name, None)
+        if lane is None:
+            return
+        self._turns.remove(name)
+        self._stats.pop(name, None)
         try:
-            lane.runner.rebuild()
-        except Exception:  # this model is lost, the others go on
-            log.exception("engine.rebuild_failed", model=name)
-            lane.consecutive_failures = MAX_CONSECUTIVE_FAILURES
-        if lane.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-            del self._lanes[name]
-            self._turns.remove(name)
-            self._stats.pop(name, None)
-            self._call_loop(self._on_model_failed, name)
+            lane.runner.close(error)
+        except Exception:  # its streams are told; what it holds goes with it
+            log.exception("engine.close_failed", model=name)
 
-    def _publish(self, name: str, lane: _Lane) -> None:
-        self._stats[name] = lane.runner.stats()
-
-    def _emit(self, stream: OutputStream, item: StreamItem) -> None:
-        self._outbox.append((stream, item))
+    def _emit(self, slot: int, item: StreamItem) -> None:
+        self._outbox.append((slot, item))
 
     def _flush(self) -> None:
-        if self._outbox:
+        if self._outbox or self._replies:
             items, self._outbox = self._outbox, []
-            self._call_loop(self._deliver, items)
+            replies, self._replies = self._replies, []
+            self._call_loop(self._deliver, items, replies)
 
     def _call_loop(self, callback: Callable[..., None], *args: object) -> None:
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(callback, *args)
+        # A closed loop has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(callback, *args)
 
 
 def _settle(done: asyncio.Future[None], error: Exception | None) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from mlxpool_server.domain import FinishReason, GenerationPhase, GenerationProgress
 from mlxpool_server.engine.backend import BatchRunner, LoadedModel
-from mlxpool_server.engine.output_stream import OutputStream, StreamItem
+from mlxpool_server.engine.output_stream import StreamItem
 from mlxpool_server.engine.scheduler import Scheduler
-from mlxpool_server.engine.sequence import Sequence, SequenceState
+from mlxpool_server.engine.sequence import Sequence, SequenceEvents, SequenceState
 from mlxpool_server.errors import GenerationFailedError, MlxpoolError
 
 log = structlog.get_logger(__name__)
 
-Emit = Callable[[OutputStream, StreamItem], None]
+# (slot, what its reader should get).
+Emit = Callable[[int, StreamItem], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,11 @@ class RunnerStats:
 
 
 class ModelRunner:
-    """schedule → run → postprocess, one step at a time. Engine thread only."""
+    """schedule → run → postprocess, one step at a time. Engine thread only.
+
+    A sequence that fails by itself fails alone; what the batch raises is raised, and then only
+    `rebuild` or `close` make sense.
+    """
 
     def __init__(
         self,
@@ -44,6 +50,9 @@ class ModelRunner:
         self._emit = emit
         self._clock = clock
         self._batch: BatchRunner = model.new_runner()
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._scheduler
 
     @property
     def has_work(self) -> bool:
@@ -69,25 +78,23 @@ class ModelRunner:
         output = self._batch.step()
         for slot, prefilled_tokens in output.prefilled:
             self._tell_prefill(slot, prefilled_tokens)
-        finished = [
+        ended = [
             sequence
             for slot, token_id in output.tokens
             if (sequence := self._scheduler.running(slot)) is not None
             and self._take(sequence, token_id)
         ]
-        self._remove(finished)
+        self._remove(ended)
 
-    def abort(self, slot: int, reason: FinishReason) -> bool:
-        """End one sequence with what it has. False: it is not here (any more)."""
-        for sequence in self._scheduler:
-            if sequence.slot == slot:
-                self._finish(sequence, reason)
-                self._remove([sequence])
-                return True
-        return False
+    def abort(self, slot: int, reason: FinishReason) -> None:
+        """End one sequence with what it has."""
+        ended = [sequence for sequence in self._scheduler if sequence.slot == slot]
+        for sequence in ended:
+            self._fold(sequence, partial(sequence.finish, reason))
+        self._remove(ended)
 
     def rebuild(self) -> None:
-        """Fail every sequence and start over with an empty batch, after a step that raised.
+        """Fail every sequence and start over with an empty batch, after something raised.
 
         Raises: whatever the backend raises; then this model cannot go on.
         """
@@ -96,52 +103,53 @@ class ModelRunner:
 
     def close(self, error: MlxpoolError) -> None:
         """End every sequence with `error` and drop the batch."""
-        for sequence in self._scheduler:
-            self._emit(sequence.stream, error)
-        self._scheduler.remove(list(self._scheduler))
+        everyone = list(self._scheduler)
+        for sequence in everyone:
+            self._emit(sequence.slot, error)
+        self._scheduler.remove(everyone)
         self._batch.close()
 
     def _expire(self) -> None:
         now = self._clock()
-        expired = [
-            sequence
-            for sequence in self._scheduler
-            if sequence.request.expires_at is not None and sequence.request.expires_at <= now
-        ]
+        expired = [sequence for sequence in self._scheduler if sequence.request.expires_at <= now]
         for sequence in expired:
-            self._finish(sequence, FinishReason.TIME_LIMIT)
+            self._fold(sequence, partial(sequence.finish, FinishReason.TIME_LIMIT))
         self._remove(expired)
 
     def _admit(self) -> None:
         admitted = self._scheduler.admit()
         for sequence in admitted:
-            self._batch.add(sequence.slot, sequence.request.prompt, sequence.request.sampling)
-            self._tell_prefill(sequence.slot, 0)
+            try:
+                self._batch.add(sequence.slot, sequence.request.prompt, sequence.request.sampling)
+            except Exception:  # it never joined the batch, so it fails alone
+                log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
+                self._emit(sequence.slot, GenerationFailedError(self._name))
+                self._scheduler.remove([sequence])
+            else:
+                self._tell_prefill(sequence.slot, 0)
         if admitted:
             self._tell_queue()
 
     def _take(self, sequence: Sequence, token_id: int) -> bool:
-        """Fold one token in; True when it ended the sequence."""
+        """Take one token in; True when that ended the sequence."""
         is_first = sequence.state is SequenceState.PREFILLING
+        if is_first:
+            self._emit(sequence.slot, GenerationProgress(GenerationPhase.DECODING))
+        return self._fold(sequence, partial(sequence.accept, token_id))
+
+    def _fold(self, sequence: Sequence, fold: Callable[[], SequenceEvents]) -> bool:
+        """Pass on what `fold` makes of the sequence; True when it ended, by an error too."""
         try:
-            events = sequence.accept(token_id)
+            events = fold()
         except Exception:  # one failed sequence fails alone: this is the engine's edge
             log.exception("sequence.failed", model=self._name, slot=sequence.slot)
-            self._emit(sequence.stream, GenerationFailedError(self._name))
+            self._emit(sequence.slot, GenerationFailedError(self._name))
             return True
-        if is_first:
-            self._emit(sequence.stream, GenerationProgress(GenerationPhase.DECODING))
         for event in events:
-            self._emit(sequence.stream, event)
+            self._emit(sequence.slot, event)
         return sequence.is_finished
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        for event in sequence.finish(reason):
-            self._emit(sequence.stream, event)
-
     def _remove(self, sequences: list[Sequence]) -> None:
-        if not sequences:
-            return
         running = self._scheduler.remove(sequences)
         if running:
             self._batch.remove(running)
@@ -149,7 +157,7 @@ class ModelRunner:
     def _tell_queue(self) -> None:
         for position, sequence in enumerate(self._scheduler.waiting, start=1):
             progress = GenerationProgress(GenerationPhase.QUEUED, queue_position=position)
-            self._emit(sequence.stream, progress)
+            self._emit(sequence.slot, progress)
 
     def _tell_prefill(self, slot: int, prefilled_tokens: int) -> None:
         sequence = self._scheduler.running(slot)
@@ -159,4 +167,4 @@ class ModelRunner:
                 prefilled_tokens=prefilled_tokens,
                 prompt_tokens=len(sequence.request.prompt),
             )
-            self._emit(sequence.stream, progress)
+            self._emit(slot, progress)

@@ -26,6 +26,9 @@ class Scheduler:
         yield from self._running.values()
         yield from self._waiting
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._running or any(waiting.slot == slot for waiting in self._waiting)
+
     @property
     def waiting(self) -> tuple[Sequence, ...]:
         """The queue, next one first."""

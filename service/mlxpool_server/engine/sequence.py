@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from mlxpool_server.domain import (
     TokenUsage,
 )
 from mlxpool_server.engine.backend import TextDecoder
-from mlxpool_server.engine.output_stream import OutputStream
 from mlxpool_server.engine.stop_matcher import StopMatcher
 
 
@@ -39,8 +39,12 @@ class SequenceRequest:
     stop_sequences: tuple[str, ...] = ()
     include_token_ids: bool = False
     final_only: bool = False
-    expires_at: float | None = None
+    # math.inf: never.
+    expires_at: float = math.inf
     priority: Priority = Priority.NORMAL
+
+
+SequenceEvents = tuple[GenerationDelta | GenerationFinished, ...]
 
 
 class SequenceState(enum.Enum):
@@ -57,12 +61,10 @@ class Sequence:
         self,
         slot: int,
         request: SequenceRequest,
-        stream: OutputStream,
         clock: Callable[[], float],
     ) -> None:
         self.slot = slot
         self.request = request
-        self.stream = stream
         self.state = SequenceState.WAITING
         self._clock = clock
         self._matcher = StopMatcher(request.stop_sequences)
@@ -81,7 +83,7 @@ class Sequence:
         self.state = SequenceState.PREFILLING
         self._started_at = self._clock()
 
-    def accept(self, token_id: int) -> tuple[GenerationDelta | GenerationFinished, ...]:
+    def accept(self, token_id: int) -> SequenceEvents:
         """Take one generated token; return what the caller should see of it, in order."""
         if self._first_token_at is None:
             self._first_token_at = self._clock()
@@ -99,9 +101,7 @@ class Sequence:
             return self.finish(self.request.limit_reason)
         return self._take_delta()
 
-    def finish(
-        self, reason: FinishReason, stop_token_id: int | None = None
-    ) -> tuple[GenerationDelta | GenerationFinished, ...]:
+    def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> SequenceEvents:
         """End here. The text that was held back is part of the output, unless it matched."""
         if self._matcher.matched is None:
             self._append(self._matcher.push(self.request.decoder.finish()))

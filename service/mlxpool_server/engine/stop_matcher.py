@@ -18,9 +18,9 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Return the text that is certain not to be part of a match."""
-        if not self._sequences:
-            return text
+        """Return the text that is certain not to be part of a match; none after a match."""
+        if self.matched is not None:
+            return ""
         pending = self._held + text
         match = self._first_match(pending)
         if match is not None:
@@ -46,7 +46,7 @@ class StopMatcher:
         return min(ends, key=lambda end: (end[0], -len(end[1])), default=None)
 
     def _longest_open_tail(self, text: str) -> int:
-        longest = max(len(sequence) for sequence in self._sequences) - 1
+        longest = max(map(len, self._sequences), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
             tail = text[-size:]
             if any(sequence.startswith(tail) for sequence in self._sequences):

@@ -28,6 +28,9 @@ class MlxBatch:
             prefill_batch_size=min(8, max_batch_size),
             prefill_step_size=prefill_step_tokens,
         )
+        # All this gives back is Metal's wired limit, which MlxMemory owns: mlx-lm would reset what
+        # a caller has set.
+        self._generator.close()
         self._uid_of: dict[int, int] = {}
         self._slot_of: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Model folders and hub repositories to weights in memory, through mlx-lm. No remote code."""
+"""Model folders to weights in memory, through mlx-lm. No remote code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+import structlog
 from mlx_lm.utils import dequantize_model, load_model
 from safetensors import SafetensorError
 
 from mlxpool_server.domain import (
     Capability,
+    Footprint,
     HubSource,
     Layout,
     LoadPhase,
@@ -25,15 +25,35 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolError
 from mlxpool_server.mlx_backend.batch import MlxBatch
+from mlxpool_server.mlx_backend.footprint import read_footprint
+from mlxpool_server.mlx_backend.hub import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    cached_folder,
+    download,
+)
 from mlxpool_server.mlx_backend.memory import device_kind
-from mlxpool_server.mlx_backend.model_size import estimate_bytes, read_headers
+from mlxpool_server.mlx_backend.model_size import (
+    TensorHeader,
+    estimate_bytes,
+    missing_weights,
+    read_headers,
+    vocabulary_of,
+)
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 
+log = structlog.get_logger(__name__)
+
 DTYPE_OF = {Layout.FLOAT32: mx.float32, Layout.BFLOAT16: mx.bfloat16, Layout.FLOAT16: mx.float16}
-TOKENIZER_FILES = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
-MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 # Weights are evaluated in portions, so that progress shows and a cancelled load stops soon.
 PORTION_BYTES = 64 * 1024 * 1024
+CONTEXT_KEYS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
+    "seq_length", "model_max_length",
+)  # fmt: skip
+# For a model whose files do not say, as recurrent ones: as good as no limit, and still a number.
+UNKNOWN_CONTEXT_LENGTH = 1 << 20
+INT32_MAX = 2**31 - 1
 
 
 class MlxModel:
@@ -68,45 +88,46 @@ class MlxLoader:
     def fetch(self, spec: ModelSpec, report: Callable[[LoadProgress], None]) -> None:
         if isinstance(spec.source, HubSource):
             report(LoadProgress(LoadPhase.DOWNLOADING))
-            _download(spec.name, spec.source, MODEL_FILES)
+            download(spec.name, spec.source, MODEL_FILES, report)
 
     def inspect(self, spec: ModelSpec) -> ModelInfo | None:
         folder = _local_folder(spec)
         if folder is None:
             return None
         config = _read_config(spec.name, folder)
-        text_config = config.get("text_config") or {}
-        quantization = config.get("quantization") or {}
-        try:
-            headers = read_headers(folder)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise LoadFailedError(spec.name, f"its weights cannot be read: {error}") from error
+        if missing := missing_weights(folder):
+            if isinstance(spec.source, HubSource):
+                return None
+            raise LoadFailedError(spec.name, f"its folder has no {missing}")
+        quantization = _dict(config, "quantization") or _dict(config, "quantization_config")
+        headers = _kept(_headers(spec.name, folder), config)
         has_template = _has_chat_template(folder)
         return ModelInfo(
             architecture=str(config["model_type"]),
             quantization=_describe(quantization),
-            context_length=_first_int(config, text_config, "max_position_embeddings"),
-            vocab_size=_first_int(config, text_config, "vocab_size"),
+            context_length=_first_int(config, *CONTEXT_KEYS) or UNKNOWN_CONTEXT_LENGTH,
+            vocab_size=_first_int(config, "vocab_size") or vocabulary_of(headers),
             estimated_bytes=estimate_bytes(headers, quantization, self._layout(spec)),
+            footprint=self._footprint(spec, config),
             revision=folder.name if isinstance(spec.source, HubSource) else "",
             capabilities=frozenset({Capability.CHAT}) if has_template else frozenset(),
         )
 
     def load_tokenizer(self, spec: ModelSpec) -> MlxTokenizer:
-        folder = _local_folder(spec)
+        folder = _local_folder(spec, TOKENIZER_FILES)
         if folder is None and isinstance(spec.source, HubSource):
-            folder = _download(spec.name, spec.source, TOKENIZER_FILES)
+            folder = download(spec.name, spec.source, TOKENIZER_FILES)
         if folder is None:
             raise LoadFailedError(spec.name, "its folder does not exist")
         config = _read_config(spec.name, folder)
+        vocab_size = _first_int(config, "vocab_size")
+        if not vocab_size and not missing_weights(folder):
+            vocab_size = vocabulary_of(_headers(spec.name, folder))
         try:
-            return MlxTokenizer.read(
-                folder,
-                vocab_size=_first_int(config, config.get("text_config") or {}, "vocab_size"),
-                eos_token_ids=_eos_token_ids(folder, config),
-            )
+            return MlxTokenizer.read(folder, vocab_size, _eos_token_ids(folder, config))
         except Exception as error:  # whatever transformers raises on a foreign folder
-            raise LoadFailedError(spec.name, f"its tokenizer cannot be read: {error}") from error
+            problem = f"its tokenizer cannot be read: {_one_line(error)}"
+            raise LoadFailedError(spec.name, problem) from error
 
     def load(
         self,
@@ -134,6 +155,15 @@ class MlxLoader:
             raise LoadFailedError(spec.name, _one_line(error)) from error
         return MlxModel(model, info.vocab_size, self._batch_options)
 
+    def _footprint(self, spec: ModelSpec, config: dict[str, Any]) -> Footprint:
+        dtype = DTYPE_OF.get(self._layout(spec))
+        try:
+            return read_footprint(config, dtype, fused=device_kind() != "cpu")
+        except Exception as error:  # noqa: BLE001 - a config that its own code refuses
+            # The load will say so; a model that cannot be loaded generates nothing.
+            log.debug("model.footprint_unknown", model=spec.name, error=_one_line(error))
+            return Footprint()
+
     def _layout(self, spec: ModelSpec) -> Layout:
         layout = self._default_layout if spec.layout is Layout.AUTO else spec.layout
         if layout is not Layout.AUTO:
@@ -154,8 +184,9 @@ def _evaluate(model: nn.Module) -> Iterator[int]:
             done += pending_bytes
             pending, pending_bytes = [], 0
             yield done
-    mx.eval(pending)
-    yield done + pending_bytes
+    if pending:
+        mx.eval(pending)
+        yield done + pending_bytes
 
 
 def _arrays(model: nn.Module) -> list[mx.array]:
@@ -178,52 +209,49 @@ def _arrays(model: nn.Module) -> list[mx.array]:
     return list(found.values())
 
 
-def _local_folder(spec: ModelSpec) -> Path | None:
+def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> Path | None:
     """Where the files are, if they are here."""
     if isinstance(spec.source, Path):
         if not spec.source.is_dir():
             raise LoadFailedError(spec.name, "its folder does not exist")
         return spec.source
-    try:
-        return Path(
-            snapshot_download(
-                spec.source.repo_id,
-                revision=spec.source.revision,
-                allow_patterns=list(MODEL_FILES),
-                local_files_only=True,
-            )
-        )
-    except LocalEntryNotFoundError:
-        return None
-
-
-def _download(name: str, source: HubSource, patterns: tuple[str, ...]) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                source.repo_id, revision=source.revision, allow_patterns=list(patterns)
-            )
-        )
-    except Exception as error:  # the hub client's errors have no common base
-        raise LoadFailedError(name, f"the hub did not give it: {_one_line(error)}") from error
+    return cached_folder(spec.source, patterns)
 
 
 def _read_config(name: str, folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadFailedError(name, "its folder has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise LoadFailedError(name, f"its config.json cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"its config.json cannot be read: {_one_line(error)}"
+        raise LoadFailedError(name, problem) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise LoadFailedError(name, "its config.json has no model_type")
+    if config.get("model_file") is not None:
+        raise LoadFailedError(name, "it brings its own code (model_file), which is never run")
     return config
+
+
+def _headers(name: str, folder: Path) -> list[TensorHeader]:
+    try:
+        return read_headers(folder)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadFailedError(name, f"its weights cannot be read: {_one_line(error)}") from error
+
+
+def _kept(headers: list[TensorHeader], config: dict[str, Any]) -> list[TensorHeader]:
+    """Without an output layer that the config says is the embedding: mlx-lm drops it."""
+    if config.get("tie_word_embeddings") is not True:
+        return headers
+    return [header for header in headers if not header.name.startswith("lm_head.")]
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> object:
     """generation_config.json's, which is the more careful one, or config.json's."""
     try:
-        generation = json.loads((folder / "generation_config.json").read_text())
+        text = (folder / "generation_config.json").read_text(encoding="utf-8")
+        generation = json.loads(text)
         return generation["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return config.get("eos_token_id")
@@ -233,15 +261,25 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return bool(config.get("chat_template") or config.get("chat_template_type"))
+    except (OSError, ValueError, AttributeError):
         return False
-    return bool(config.get("chat_template") or config.get("chat_template_type"))
 
 
-def _first_int(config: dict[str, Any], text_config: dict[str, Any], key: str) -> int:
-    value = config.get(key, text_config.get(key))
-    return value if isinstance(value, int) else 0
+def _dict(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _first_int(config: dict[str, Any], *keys: str) -> int:
+    """The first of these keys, here or in `text_config`, that is a positive number; else 0."""
+    for source in (config, _dict(config, "text_config")):
+        for key in keys:
+            value = source.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return min(value, INT32_MAX)
+    return 0
 
 
 def _describe(quantization: dict[str, Any]) -> str:

@@ -22,6 +22,11 @@ CGROUP_LIMIT_FILES = (
 class MlxMemory:
     """Any thread: these calls take MLX's allocator lock and no stream."""
 
+    def __init__(self) -> None:
+        # MLX tells these limits only when they are set, and setting one moves memory: ask once.
+        self._cache_bytes = _ask(mx.set_cache_limit)
+        self._wired_bytes = _ask(mx.set_wired_limit) if device_kind() == "metal" else None
+
     def device(self) -> DeviceInfo:
         facts = mx.device_info()
         kind = device_kind()
@@ -50,8 +55,8 @@ class MlxMemory:
     def limits(self) -> MemoryLimits:
         return MemoryLimits(
             memory_bytes=mx.get_memory_limit(),
-            cache_bytes=_read_limit(mx.set_cache_limit),
-            wired_bytes=_read_limit(mx.set_wired_limit) if device_kind() == "metal" else None,
+            cache_bytes=self._cache_bytes,
+            wired_bytes=self._wired_bytes,
         )
 
     def set_limits(self, limits: MemoryLimits) -> None:
@@ -61,20 +66,20 @@ class MlxMemory:
                 raise InvalidFieldError("limits.wired_bytes", "only Metal has a wired limit")
             try:
                 mx.set_wired_limit(limits.wired_bytes)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 raise InvalidFieldError("limits.wired_bytes", str(error)) from error
+            self._wired_bytes = limits.wired_bytes
         if limits.memory_bytes is not None:
             mx.set_memory_limit(limits.memory_bytes)
         if limits.cache_bytes is not None:
             mx.set_cache_limit(limits.cache_bytes)
+            self._cache_bytes = limits.cache_bytes
 
     def apply_defaults(self, cache_limit_bytes: int | None) -> None:
         """Set what MLX does not choose well by itself, once, before anything is loaded."""
-        if device_kind() == "metal":
-            # What mlx-lm sets around each generation, set once: several batches share it here.
-            mx.set_wired_limit(self.device().recommended_bytes)
-        if cache_limit_bytes is not None:
-            mx.set_cache_limit(cache_limit_bytes)
+        # What mlx-lm sets around each generation, set once: several batches share it here.
+        wired_bytes = self.device().recommended_bytes if device_kind() == "metal" else None
+        self.set_limits(MemoryLimits(cache_bytes=cache_limit_bytes, wired_bytes=wired_bytes))
 
     def clear_cache(self) -> None:
         # A model's modules may refer to each other in circles.
@@ -106,8 +111,7 @@ def _read_text(file: Path) -> str:
         return ""
 
 
-def _read_limit(set_limit: Callable[[int], int]) -> int:
-    """MLX tells these limits only when they are set."""
+def _ask(set_limit: Callable[[int], int]) -> int:
     previous = set_limit(0)
     set_limit(previous)
     return previous

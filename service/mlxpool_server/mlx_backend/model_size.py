@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
     "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+# What the input embedding is called; its rows are the vocabulary.
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embeddings.weight", "embedding.weight",
+    "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight", "wordEmbeddings.weight",
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +41,28 @@ class TensorHeader:
         return self.size * DTYPE_BITS[self.dtype] // 8
 
 
+def missing_weights(folder: Path) -> str:
+    """What a model folder lacks of its weight files, in words; empty when nothing is missing."""
+    there = {file.name for file in folder.glob("model*.safetensors")}
+    if not there:
+        return "model*.safetensors"
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        named = set(index["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        # mlx-lm reads what is there, index or not.
+        return ""
+    return ", ".join(sorted(str(name) for name in named - there)[:1])
+
+
 def read_headers(folder: Path) -> list[TensorHeader]:
     """Every tensor of a model folder. Raises: SafetensorError on a corrupt file."""
     return [header for file in sorted(folder.glob("model*.safetensors")) for header in _read(file)]
+
+
+def vocabulary_of(headers: list[TensorHeader]) -> int:
+    """How many rows the input embedding has; 0 when it is not found."""
+    return next((h.shape[0] for h in headers if h.name.endswith(EMBEDDINGS) and h.shape), 0)
 
 
 def _read(file: Path) -> Iterator[TensorHeader]:

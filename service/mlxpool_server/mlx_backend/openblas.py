@@ -132,9 +132,18 @@ def _load(path: Path, threads: int | None) -> OpenBlas:
         raise OSError(f"{path}: not OpenBLAS, it lacks {', '.join(missing)}")
     library.openblas_get_config.restype = ctypes.c_char_p
     if not os.environ.get("OPENBLAS_NUM_THREADS"):
-        library.openblas_set_num_threads(threads or usable_cpus())
+        library.openblas_set_num_threads(threads or default_threads(usable_cpus()))
     return OpenBlas(
         path=path,
         config=library.openblas_get_config().decode(errors="replace").strip(),
         threads=library.openblas_get_num_threads(),
     )
+
+
+def default_threads(cpus: int) -> int:
+    """All of one or two processors, else one less.
+
+    OpenBLAS's threads wait busily for each other: where the event loop or a neighbour needs one of
+    their cores, every product waits for a time slice. On two cores the second is worth that risk.
+    """
+    return cpus if cpus <= 2 else cpus - 1  # noqa: PLR2004 - measured, see docs/development.md

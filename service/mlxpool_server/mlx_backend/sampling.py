@@ -1,18 +1,15 @@
-"""Sampling on top of mlx-lm's filters: seeded per request, one key a position."""
+"""Sampling, seeded per request: one key a position, filters in mlx-lm's order and by its rules.
+
+The filters are mlx-lm's without mx.compile: it builds a kernel for each new value of a parameter,
+which stops every stream for half a second.
+"""
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
-from mlx_lm.sample_utils import (
-    LogitsProcessor,
-    Sampler,
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    apply_xtc,
-    greedy_sampler,
-    make_logits_processors,
-)
+from mlx_lm.sample_utils import LogitsProcessor, Sampler, greedy_sampler, make_logits_processors
 
 from mlxpool_server.domain import SamplingParams
 
@@ -62,17 +59,48 @@ class SeededSampler:
         params = self._params
         draw, coin = mx.random.split(mx.random.key(fold(params.seed or 0, self._position)))
         self._position += 1
-        # The order of the filters is mlx-lm's.
         if params.top_p < 1.0:
-            logprobs = apply_top_p(logprobs, params.top_p)
+            logprobs = keep_top_p(logprobs, params.top_p)
         if params.min_p > 0.0:
-            logprobs = apply_min_p(logprobs, params.min_p)
+            logprobs = keep_min_p(logprobs, params.min_p)
         if params.xtc_probability > 0.0:
-            cut = apply_xtc(logprobs, 1.0, params.xtc_threshold, [])
+            cut = exclude_top_choices(logprobs, params.xtc_threshold)
             logprobs = mx.where(mx.random.uniform(key=coin) < params.xtc_probability, cut, logprobs)
         if self._top_k:
-            logprobs = apply_top_k(logprobs, self._top_k)
+            logprobs = keep_top_k(logprobs, self._top_k)
         return mx.random.categorical(logprobs * (1.0 / params.temperature), key=draw)
+
+
+def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """The most likely tokens whose mass reaches `top_p`, at least one; the others become -inf."""
+    ascending = mx.sort(logprobs, axis=-1)
+    probs = mx.exp(ascending.astype(mx.float32))
+    mass_above = mx.cumsum(probs, axis=-1, reverse=True, inclusive=False)
+    total = mass_above[..., :1] + probs[..., :1]
+    dropped = (mass_above >= top_p * total).sum(axis=-1, keepdims=True)
+    # The product underflows to 0 for the smallest top_p: then every token would be dropped.
+    dropped = mx.minimum(dropped, logprobs.shape[-1] - 1)
+    threshold = mx.take_along_axis(ascending, dropped, axis=-1)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
+
+
+def keep_min_p(logprobs: mx.array, min_p: float) -> mx.array:
+    """Tokens at least `min_p` times as likely as the likeliest."""
+    threshold = mx.max(logprobs, axis=-1, keepdims=True) + math.log(min_p)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
+
+
+def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
+    """The `top_k` likeliest; `top_k` is below the vocabulary's size."""
+    rest = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
+    return mx.put_along_axis(logprobs, rest, mx.array(-mx.inf, logprobs.dtype), axis=-1)
+
+
+def exclude_top_choices(logprobs: mx.array, threshold: float) -> mx.array:
+    """XTC: of the tokens more likely than `threshold`, keep the least likely only."""
+    probs = mx.softmax(logprobs, axis=-1)
+    least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(probs > least, -mx.inf, logprobs)
 
 
 def fold(seed: int, position: int) -> int:

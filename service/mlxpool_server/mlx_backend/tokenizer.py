@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import re
 import threading
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -21,16 +22,32 @@ from mlxpool_server.domain import ChatMessage, Role
 from mlxpool_server.engine.backend import TextDecoder
 from mlxpool_server.errors import InvalidFieldError
 
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
 
 class MlxTokenizer:
     def __init__(self, wrapper: TokenizerWrapper, vocab_size: int) -> None:
         self._wrapper = wrapper
-        self._vocab_size = vocab_size
+        self._vocab_size = vocab_size or len(wrapper)
         self._lock = threading.Lock()
+        self._special_ids = frozenset(wrapper.all_special_ids) | {
+            index for index, token in wrapper.added_tokens_decoder.items() if token.special
+        }
+        detokenizer = wrapper.detokenizer
+        # None: its tokens are not plain bytes.
+        self._trims_first_space: bool | None = None
+        if isinstance(detokenizer, BPEStreamingDetokenizer):
+            self._trims_first_space = False
+        elif isinstance(detokenizer, SPMStreamingDetokenizer):
+            self._trims_first_space = detokenizer.trim_space
+        self._pieces = _pieces_of(wrapper, detokenizer)
 
     @classmethod
     def read(cls, folder: Path, vocab_size: int, eos_token_ids: object) -> MlxTokenizer:
-        """Raises: what transformers raises on a folder it cannot read. Runs no remote code."""
+        """`vocab_size` 0: as many as the tokenizer knows. Runs no remote code.
+
+        Raises: what transformers raises on a folder it cannot read.
+        """
         wrapper = load_tokenizer(
             folder, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids
         )
@@ -64,7 +81,7 @@ class MlxTokenizer:
             rendered = self._wrapper.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise InvalidFieldError(
                 "prompt.chat.messages", f"the model's template refuses them: {error}"
             ) from error
@@ -74,11 +91,11 @@ class MlxTokenizer:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
     def new_decoder(self) -> TextDecoder:
-        detokenizer = self._wrapper.detokenizer
-        if isinstance(detokenizer, BPEStreamingDetokenizer | SPMStreamingDetokenizer):
-            trims = isinstance(detokenizer, SPMStreamingDetokenizer) and detokenizer.trim_space
-            return ByteDecoder(self._pieces, self._special_ids, trims_first_space=trims)
-        return SlowDecoder(detokenizer, self._special_ids)
+        if self._trims_first_space is None:
+            return SlowDecoder(self._wrapper.detokenizer, self._special_ids)
+        return ByteDecoder(
+            self._pieces, self._special_ids, trims_first_space=self._trims_first_space
+        )
 
     def _role(self, role: Role) -> str:
         # Templates older than the role know it as system.
@@ -87,28 +104,21 @@ class MlxTokenizer:
             return Role.SYSTEM.value
         return role.value
 
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self._wrapper.all_special_ids)
 
-    @cached_property
-    def _pieces(self) -> tuple[bytes, ...]:
-        """The bytes of each token."""
-        names = self._wrapper.convert_ids_to_tokens(list(range(len(self._wrapper))))
-        added = frozenset(self._wrapper.get_added_vocab().values())
-        detokenizer = self._wrapper.detokenizer
-        if isinstance(detokenizer, BPEStreamingDetokenizer):
-            alphabet = byte_alphabet()
-            return tuple(
-                _literal(name) if index in added else _byte_level(name, alphabet)
-                for index, name in enumerate(names)
-            )
-        if isinstance(detokenizer, SPMStreamingDetokenizer):
-            return tuple(
-                _literal(name) if index in added else _sentence_piece(name)
-                for index, name in enumerate(names)
-            )
-        return tuple(_literal(name) for name in names)
+def _pieces_of(wrapper: TokenizerWrapper, detokenizer: StreamingDetokenizer) -> tuple[bytes, ...]:
+    """The bytes of each token."""
+    names = wrapper.convert_ids_to_tokens(list(range(len(wrapper))))
+    added = frozenset(wrapper.get_added_vocab().values())
+    spell: Callable[[str | None], bytes]
+    if isinstance(detokenizer, BPEStreamingDetokenizer):
+        spell = _byte_level
+    elif isinstance(detokenizer, SPMStreamingDetokenizer):
+        spell = _sentence_piece
+    else:
+        spell = _sentence_piece if "\u2581" in wrapper.get_vocab() else _literal
+    return tuple(
+        _literal(name) if index in added else spell(name) for index, name in enumerate(names)
+    )
 
 
 class ByteDecoder:
@@ -155,6 +165,7 @@ class SlowDecoder:
         return str(self._detokenizer.last_segment)
 
 
+@cache
 def byte_alphabet() -> dict[str, int]:
     """The printable stand-ins that byte-level BPE writes bytes as (GPT-2's encoder)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
@@ -164,9 +175,10 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | stand_ins
 
 
-def _byte_level(name: str | None, alphabet: dict[str, int]) -> bytes:
+def _byte_level(name: str | None) -> bytes:
     if name is None:
         return b""
+    alphabet = byte_alphabet()
     if all(char in alphabet for char in name):
         return bytes(alphabet[char] for char in name)
     return name.encode()
@@ -175,7 +187,7 @@ def _byte_level(name: str | None, alphabet: dict[str, int]) -> bytes:
 def _sentence_piece(name: str | None) -> bytes:
     if name is None:
         return b""
-    if name.startswith("<0x") and name.endswith(">"):
+    if _BYTE_TOKEN.fullmatch(name):
         return bytes([int(name[3:-1], 16)])
     return name.replace("\u2581", " ").encode()
 

@@ -19,22 +19,39 @@ class Entry:
         self.is_pinned = spec.pinned
         self.keep_alive_s = default_keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
         self.residency: Residency | None = None
+        # What its files said when they were last read.
         self.info: ModelInfo | None = None
+        # Why its last stay failed; the next load or an unload forgets it.
         self.error_message = ""
+        # Every request on this model, those too that still render their prompt.
         self.num_leases = 0
         self.last_used_time: float | None = None
         self.expire_time: float | None = None
+        # The eviction order; a load counts as a use. No wall clock: that may step back.
+        self.used_at = 0.0
         self._expiry: asyncio.TimerHandle | None = None
 
     @property
+    def is_ready(self) -> bool:
+        return self.residency is not None and self.residency.state is ModelState.READY
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.num_leases == 0
+
+    @property
     def is_evictable(self) -> bool:
-        return self.residency is not None and self.residency.is_idle and not self.is_pinned
+        return self.is_idle and not self.is_pinned
 
     @property
     def expires_when_idle(self) -> bool:
         return not self.is_pinned and not math.isinf(self.keep_alive_s)
 
+    def become_ready(self) -> None:
+        self.used_at = time.monotonic()
+
     def touch(self) -> None:
+        self.used_at = time.monotonic()
         self.last_used_time = time.time()
 
     def set_expiry(self, handle: asyncio.TimerHandle) -> None:
@@ -48,24 +65,28 @@ class Entry:
         self._expiry = None
         self.expire_time = None
 
-    def status(self, stats: RunnerStats, resident_bytes: int) -> ModelStatus:
+    def status(self, stats: RunnerStats, held_bytes: int, problem: str = "") -> ModelStatus:
+        """`problem` is why its files cannot be read."""
         residency = self.residency
+        error_message = problem or self.error_message
         if residency is not None:
             state = residency.state
         else:
-            state = ModelState.FAILED if self.error_message else ModelState.UNLOADED
+            state = ModelState.FAILED if error_message else ModelState.UNLOADED
+        load_time = None if residency is None else residency.load_time
         active = min(stats.running, self.num_leases)
         return ModelStatus(
             name=self.spec.name,
             state=state,
             info=self.info,
             aliases=self.spec.aliases,
-            error_message=self.error_message,
-            resident_bytes=resident_bytes if state is ModelState.READY else 0,
+            error_message=error_message,
+            # What leaves is charged until it is gone.
+            resident_bytes=0 if load_time is None else held_bytes,
             active_requests=active,
             queued_requests=self.num_leases - active,
             pinned=self.is_pinned,
-            load_time=None if residency is None else residency.load_time,
+            load_time=load_time,
             last_used_time=self.last_used_time,
             expire_time=self.expire_time,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import uuid
@@ -34,6 +35,7 @@ from mlxpool_server.errors import (
     PromptTooLongError,
     QueueFullError,
 )
+from mlxpool_server.pool.backend import Tokenizer
 from mlxpool_server.pool.lease import Lease
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader, check_token_ids
@@ -56,23 +58,35 @@ class _InFlight:
     generation_id: str
     lease: Lease
     received_at: float
-    expires_at: float | None
+    # math.inf: never.
+    expires_at: float
     is_cancelled: bool = False
     slot: int | None = None
 
     def patience_s(self, heartbeat_s: float) -> float:
         """How long a wait may last before this generation wants to be looked at."""
-        if self.expires_at is None:
-            return heartbeat_s
+        # A cancel may have come while the reader held the last event: nobody heard its wake-up.
+        if self.is_cancelled:
+            return 0.0
         return min(heartbeat_s, max(0.0, self.expires_at - time.monotonic()))
 
     def ended_early(self) -> FinishReason | None:
         """Why it ended before it ran, if it did."""
         if self.is_cancelled:
             return FinishReason.CANCELLED
-        if self.expires_at is not None and self.expires_at <= time.monotonic():
+        if self.expires_at <= time.monotonic():
             return FinishReason.TIME_LIMIT
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """What reading a request found out."""
+
+    prompt: tuple[int, ...]
+    tokenizer: Tokenizer
+    sampling: SamplingParams
+    revision: str
 
 
 class Generations:
@@ -135,12 +149,12 @@ class Generations:
     async def _run(
         self, request: GenerationRequest, generation: _InFlight
     ) -> AsyncGenerator[GenerationEvent, None]:
-        lease = generation.lease
-        sequence = await self._admit(request, generation)
-        revision = (await self._pool.info(lease.spec.name)).revision
+        lease, name = generation.lease, generation.lease.spec.name
+        admitted = await self._admit(request, generation)
         yield GenerationStarted(
-            generation.generation_id, lease.spec.name, revision, sequence.sampling.seed or 0
+            generation.generation_id, name, admitted.revision, admitted.sampling.seed or 0
         )
+        load_started_at = time.monotonic()
         async with aclosing(
             lease.loading(lambda: generation.patience_s(self._limits.heartbeat_s))
         ) as loading:
@@ -148,20 +162,25 @@ class Generations:
                 if generation.ended_early() is not None:
                     break
                 yield GenerationProgress(GenerationPhase.LOADING, load=load)
-        now = time.monotonic()
-        sequence = replace(sequence, submitted_at=now, load_s=now - sequence.submitted_at)
+        load_s = time.monotonic() - load_started_at
         reason = generation.ended_early()
         if reason is not None:
-            yield _finished_unrun(sequence, reason)
+            yield _finished_unrun(admitted, generation, load_s, reason)
             return
+        # Known by now, a hub model's too.
+        info = await self._pool.info(name)
+        sequence = self._sequence(request, generation, admitted, info, load_s)
         lease.check()
         stream = OutputStream()
         generation.slot = self._engine.submit(sequence, stream)
+        # A cancel may have come while the info was read.
+        if generation.is_cancelled:
+            self._abort(generation)
         async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
             async for event in events:
                 yield event
 
-    async def _admit(self, request: GenerationRequest, generation: _InFlight) -> SequenceRequest:
+    async def _admit(self, request: GenerationRequest, generation: _InFlight) -> _Admitted:
         """Everything that can refuse the request, before its first event."""
         lease, spec = generation.lease, generation.lease.spec
         if request.require_loaded and not lease.is_loaded:
@@ -172,23 +191,42 @@ class Generations:
         prompt = await self._prompts.read(spec, request.prompt)
         check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer)
         check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer)
-        info = await self._pool.info(spec.name)
-        max_tokens, limit_reason = self._max_tokens(request, len(prompt.token_ids), info)
+        info = await self._pool.find_info(spec.name)
+        if info is not None:
+            self._max_tokens(request, len(prompt.token_ids), info)
         await self._pool.check_fits(spec.name)
         if request.keep_alive_s is not None:
             self._pool.set_keep_alive(spec.name, request.keep_alive_s)
-        return SequenceRequest(
-            model=spec.name,
+        return _Admitted(
             prompt=prompt.token_ids,
+            tokenizer=tokenizer,
             sampling=_with_seed(request.sampling),
+            revision="" if info is None else info.revision,
+        )
+
+    def _sequence(
+        self,
+        request: GenerationRequest,
+        generation: _InFlight,
+        admitted: _Admitted,
+        info: ModelInfo,
+        load_s: float,
+    ) -> SequenceRequest:
+        max_tokens, limit_reason = self._max_tokens(request, len(admitted.prompt), info)
+        stop, tokenizer = request.stop, admitted.tokenizer
+        return SequenceRequest(
+            model=generation.lease.spec.name,
+            prompt=admitted.prompt,
+            sampling=admitted.sampling,
             max_tokens=max_tokens,
             limit_reason=limit_reason,
             decoder=tokenizer.new_decoder(),
             received_at=generation.received_at,
             submitted_at=time.monotonic(),
-            eos_token_ids=frozenset() if request.stop.ignore_eos else tokenizer.eos_token_ids,
-            stop_token_ids=request.stop.token_ids,
-            stop_sequences=request.stop.sequences,
+            load_s=load_s,
+            eos_token_ids=frozenset() if stop.ignore_eos else tokenizer.eos_token_ids,
+            stop_token_ids=stop.token_ids,
+            stop_sequences=stop.sequences,
             include_token_ids=request.output.include_token_ids,
             final_only=request.output.final_only,
             expires_at=generation.expires_at,
@@ -198,7 +236,10 @@ class Generations:
     def _max_tokens(
         self, request: GenerationRequest, prompt_tokens: int, info: ModelInfo
     ) -> tuple[int, FinishReason]:
-        """How many tokens may come, and what it is called when they have."""
+        """How many tokens may come, and what it is called when they have.
+
+        Raises: PromptTooLongError.
+        """
         limit = self._limits.max_prompt_tokens
         if limit is not None and prompt_tokens > limit:
             raise PromptTooLongError(prompt_tokens, limit)
@@ -218,9 +259,8 @@ class Generations:
             raise GenerationIdInUseError(generation_id)
         now = time.monotonic()
         duration_s = request.stop.max_duration_s
-        generation = _InFlight(
-            generation_id, lease, now, expires_at=None if duration_s is None else now + duration_s
-        )
+        expires_at = math.inf if duration_s is None else now + duration_s
+        generation = _InFlight(generation_id, lease, now, expires_at)
         self._in_flight[generation_id] = generation
         self._all_ended.clear()
         return generation
@@ -243,12 +283,12 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
     return replace(sampling, seed=random.getrandbits(53))
 
 
-def _finished_unrun(sequence: SequenceRequest, reason: FinishReason) -> GenerationFinished:
+def _finished_unrun(
+    admitted: _Admitted, generation: _InFlight, load_s: float, reason: FinishReason
+) -> GenerationFinished:
     return GenerationFinished(
         finish_reason=reason,
         text="",
-        usage=TokenUsage(prompt_tokens=len(sequence.prompt), completion_tokens=0),
-        timings=GenerationTimings(
-            load_s=sequence.load_s, total_s=time.monotonic() - sequence.received_at
-        ),
+        usage=TokenUsage(prompt_tokens=len(admitted.prompt), completion_tokens=0),
+        timings=GenerationTimings(load_s=load_s, total_s=time.monotonic() - generation.received_at),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -40,7 +41,7 @@ class Lease:
         self._entry.num_leases -= 1
         self._entry.touch()
         if self._residency is not None:
-            self._residency.num_leases -= 1
+            self._residency.return_lease()
         self._pool.lease_returned(self._entry)
 
     @property
@@ -76,17 +77,18 @@ class Lease:
                 yield LoadProgress(LoadPhase.QUEUED)
             else:
                 self._bind(residency)
-        async for progress in watch(self._residency, wait_s):
-            yield progress
+        async with aclosing(watch(self._residency, wait_s)) as progress:
+            async for change in progress:
+                yield change
 
     def wake(self) -> None:
-        """Make `loading` yield now, so that its reader can look around."""
+        """Make a `loading` that waits yield now, so that its reader can look around."""
         if self._entry.residency is not None:
             self._entry.residency.changed.notify()
 
     def _bind(self, residency: Residency) -> None:
         self._residency = residency
-        residency.num_leases += 1
+        residency.take_lease()
 
 
 async def watch(
@@ -104,5 +106,5 @@ async def watch(
         shown = residency.progress
         if residency.state is ModelState.LOADING:
             yield shown
-    if residency.error is not None:
+    if residency.load_time is None and residency.error is not None:
         raise residency.error

@@ -40,7 +40,11 @@ class PromptReader:
         """Raises: as `read`."""
         tokenizer = await self._tokenizers.get(spec)
         rendered = await self.read(spec, prompt)
-        pieces = tuple(map(tokenizer.piece, rendered.token_ids)) if include_pieces else ()
+        pieces: tuple[bytes, ...] = ()
+        if include_pieces:
+            pieces = await asyncio.to_thread(
+                lambda: tuple(map(tokenizer.piece, rendered.token_ids))
+            )
         return Tokenization(rendered.token_ids, pieces, rendered.text)
 
 

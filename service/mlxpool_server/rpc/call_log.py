@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-from mlxpool_server.domain import GenerationEvent, GenerationFinished, GenerationStarted
+from mlxpool_server.domain import (
+    GenerationDelta,
+    GenerationEvent,
+    GenerationFinished,
+    GenerationProgress,
+    GenerationStarted,
+)
+
+# Names come from requests, which may be as long as a message.
+MAX_TEXT_CHARS = 256
 
 _facts: ContextVar[dict[str, object] | None] = ContextVar("call_facts", default=None)
 
@@ -19,14 +28,19 @@ def begin() -> dict[str, object]:
 def add(**facts: object) -> None:
     known = _facts.get()
     if known is not None:
-        known.update(facts)
+        known.update({name: _clipped(value) for name, value in facts.items()})
 
 
 def add_event(event: GenerationEvent) -> None:
-    """Note what a generation's log line needs; never its prompt or text."""
+    """Note what a generation's log line needs, also if it breaks off; never prompt or text."""
     match event:
         case GenerationStarted(generation_id, model):
             add(generation_id=generation_id, model=model)
+        case GenerationProgress(prompt_tokens=prompt_tokens):
+            if prompt_tokens:
+                add(prompt_tokens=prompt_tokens)
+        case GenerationDelta(completion_tokens=completion_tokens):
+            add(completion_tokens=completion_tokens)
         case GenerationFinished(usage=usage, timings=timings):
             first = timings.time_to_first_token_s
             add(
@@ -37,5 +51,9 @@ def add_event(event: GenerationEvent) -> None:
                 queue_s=round(timings.queue_s, 4),
                 load_s=round(timings.load_s, 4),
             )
-        case _:
-            pass
+
+
+def _clipped(value: object) -> object:
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
+        return value[:MAX_TEXT_CHARS] + "…"
+    return value

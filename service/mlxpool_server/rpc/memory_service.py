@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -10,15 +11,23 @@ from grpc import aio
 
 from mlxpool.v1 import memory_service_pb2 as pb
 from mlxpool.v1 import memory_service_pb2_grpc as pb_grpc
+from mlxpool_server.errors import DrainingError
 from mlxpool_server.pool.memory import PoolMemory
 from mlxpool_server.rpc.convert import requests, responses
 
 Context = aio.ServicerContext[Any, Any]
 
+RETRY_AFTER_S = 1.0
+
 
 class MemoryService(pb_grpc.MemoryServiceServicer):
     def __init__(self, memory: PoolMemory) -> None:
         self._memory = memory
+        self._is_closed = asyncio.Event()
+
+    def close(self) -> None:
+        """End the watchers: they would outlast any grace time."""
+        self._is_closed.set()
 
     async def GetMemoryUsage(
         self, request: pb.GetMemoryUsageRequest, context: Context
@@ -32,7 +41,10 @@ class MemoryService(pb_grpc.MemoryServiceServicer):
         while True:
             usage = responses.memory_usage(self._memory.usage())
             yield pb.WatchMemoryUsageResponse(usage=usage)
-            await asyncio.sleep(interval_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._is_closed.wait()
+                raise DrainingError(RETRY_AFTER_S)
 
     async def SetMemoryLimits(
         self, request: pb.SetMemoryLimitsRequest, context: Context

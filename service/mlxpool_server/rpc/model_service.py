@@ -53,14 +53,14 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.ListModelsResponse(models=map(responses.model, page), next_page_token=next_token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        status = await self._pool.get_model(requests.model_name(request))
+        status = await self._pool.get_model(_model_name(request))
         return pb.GetModelResponse(model=responses.model(status))
 
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: Context
     ) -> AsyncGenerator[pb.LoadModelResponse, None]:
+        call_log.add(model=request.model)
         name, options = requests.load_request(request)
-        call_log.add(model=name)
         async with aclosing(self._pool.load(name, options)) as events:
             async for event in events:
                 yield responses.load_event(event)
@@ -68,8 +68,8 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def UnloadModel(
         self, request: pb.UnloadModelRequest, context: Context
     ) -> pb.UnloadModelResponse:
-        name = requests.model_name(request)
-        call_log.add(model=name, force=request.force)
+        call_log.add(force=request.force)
+        name = _model_name(request)
         unloaded = await self._pool.unload(name, force=request.force)
         return pb.UnloadModelResponse(
             was_loaded=unloaded.was_loaded, freed_bytes=unloaded.freed_bytes
@@ -78,7 +78,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        call_log.add(model=request.model)
+        call_log.add(model=request.model, generation_id=request.generation_id)
         generation = requests.generation_request(request, self._limits)
         async with aclosing(self._generations.generate(generation)) as events:
             async for event in events:
@@ -88,21 +88,24 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
+        call_log.add(generation_id=request.generation_id)
         self._generations.cancel(request.generation_id)
         return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        spec = self._catalog.resolve(requests.model_name(request))
+        spec = self._catalog.resolve(_model_name(request))
         result = await self._prompts.tokenize(
             spec, requests.prompt(request.prompt), include_pieces=request.include_pieces
         )
+        call_log.add(prompt_tokens=len(result.token_ids))
         return responses.tokenization(result)
 
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Context
     ) -> pb.CountTokensResponse:
-        spec = self._catalog.resolve(requests.model_name(request))
+        spec = self._catalog.resolve(_model_name(request))
         rendered = await self._prompts.read(spec, requests.prompt(request.prompt))
+        call_log.add(prompt_tokens=len(rendered.token_ids))
         return pb.CountTokensResponse(token_count=len(rendered.token_ids))
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
@@ -112,3 +115,8 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         return responses.server_info(self._device, __version__, self._start_time)
+
+
+def _model_name(request: requests.NamesModel) -> str:
+    call_log.add(model=request.model)
+    return requests.model_name(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from mlxpool_server.rpc.interceptors.wrap import AroundInterceptor
 from mlxpool_server.rpc.memory_service import MemoryService
 from mlxpool_server.rpc.model_service import ModelService
 
+CONNECT_TIMEOUT_S = 1.0
+
 # Reflection resolves the details in our statuses only when this file is registered.
 _DETAILS = error_details_pb2.DESCRIPTOR
 
@@ -38,7 +41,7 @@ def build_server(
     max_message_bytes: int,
 ) -> aio.Server:
     server = aio.server(
-        interceptors=[AroundInterceptor(logged), AroundInterceptor(errors_to_status)],
+        interceptors=[AroundInterceptor(logged, errors_to_status)],
         options=_options(max_message_bytes),
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, server)
@@ -56,6 +59,8 @@ def bind(server: aio.Server, addresses: Sequence[str]) -> tuple[str, ...]:
     """
     bound = []
     for address in addresses:
+        if _is_served_socket(address):
+            raise AddressUnavailableError(address)
         try:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
@@ -65,6 +70,16 @@ def bind(server: aio.Server, addresses: Sequence[str]) -> tuple[str, ...]:
         else:
             bound.append(f"{address.rpartition(':')[0]}:{port}")
     return tuple(bound)
+
+
+def _is_served_socket(address: str) -> bool:
+    """Whether somebody listens on this unix socket: grpc would take it away from them, silently."""
+    if not address.startswith("unix:"):
+        return False
+    path = address.removeprefix("unix:").removeprefix("//")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(CONNECT_TIMEOUT_S)
+        return probe.connect_ex(path) == 0
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:

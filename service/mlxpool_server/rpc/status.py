@@ -14,8 +14,9 @@ from google.rpc import status_pb2
 from mlxpool_server import errors
 
 DOMAIN = "mlxpool"
-# Many peers limit all trailers to 8 KiB; texts come from requests and model files.
-MAX_TEXT_CHARS = 512
+# Many peers limit all trailers to 8 KiB; texts come from requests and model files, and the message
+# travels percent-encoded besides: three times as long where it is not ASCII.
+MAX_TEXT_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,12 @@ INTERNAL_STATUS = RpcStatus(
 
 
 def shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 1] + "…"
+    """Cut to MAX_TEXT_BYTES of UTF-8, between characters."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= MAX_TEXT_BYTES:
+        return raw.decode()
+    ellipsis = "…"
+    return raw[: MAX_TEXT_BYTES - len(ellipsis.encode())].decode("utf-8", "ignore") + ellipsis
 
 
 def _bad_request(path: str, problem: str) -> details_pb.BadRequest:
@@ -144,7 +150,7 @@ def _resource(kind: str, name: str, description: str) -> details_pb.ResourceInfo
 
 
 def _quota(subject: str, description: str) -> details_pb.QuotaFailure:
-    violation = details_pb.QuotaFailure.Violation(subject=subject, description=description)
+    violation = details_pb.QuotaFailure.Violation(subject=shorten(subject), description=description)
     return details_pb.QuotaFailure(violations=[violation])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxpool_server.mlx_backend.openblas import load_openblas
+from mlxpool_server.mlx_backend.openblas import default_threads, load_openblas
 
 WITHOUT_SYSTEM_LIBRARY = "import ctypes.util; ctypes.util.find_library = lambda name: None\n"
 LOAD = """
@@ -104,6 +104,11 @@ def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
 
 
 @needs_wheels
+def test_one_core_stays_free_where_there_are_three_or_more() -> None:
+    """OpenBLAS takes all of one or two processors, else one less."""
+    assert [default_threads(cpus) for cpus in (1, 2, 3, 8)] == [1, 2, 2, 7]
+
+
 def test_threads_are_what_was_asked_for(tmp_path: Path) -> None:
     """The number of threads is the caller's."""
     assert load(tmp_path, "threads=1")["threads"] == 1

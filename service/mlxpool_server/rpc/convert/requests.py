@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
@@ -45,6 +46,9 @@ STATES: dict[pb.ModelState.ValueType, ModelState] = {
     pb.MODEL_STATE_UNLOADING: ModelState.UNLOADING,
     pb.MODEL_STATE_FAILED: ModelState.FAILED,
 }
+NamesModel: TypeAlias = (
+    pb.GetModelRequest | pb.UnloadModelRequest | pb.TokenizeRequest | pb.CountTokensRequest
+)
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100
 MAX_STOP_TOKEN_IDS = 256
@@ -94,12 +98,7 @@ def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
     )
 
 
-def model_name(
-    request: pb.GetModelRequest
-    | pb.UnloadModelRequest
-    | pb.TokenizeRequest
-    | pb.CountTokensRequest,
-) -> str:
+def model_name(request: NamesModel) -> str:
     if not isinstance(request, pb.TokenizeRequest | pb.CountTokensRequest):
         refuse(request, "", "adapter")
     return _model(request.model)
@@ -189,6 +188,9 @@ def _message(message: pb.ChatMessage, prefix: str) -> ChatMessage:
     refuse(message, prefix, "reasoning", "tool_calls", "tool_call_id")
     for index, part in enumerate(message.content):
         refuse(part, f"{prefix}content[{index}].", "image")
+        if not part.HasField("text"):
+            # A newer client's kind of part looks so: dropping it would change the prompt.
+            raise InvalidFieldError(f"{prefix}content[{index}]", "has no text")
     return ChatMessage(
         role=choice(message.role, ROLES, f"{prefix}role"),
         text="".join(part.text for part in message.content),

@@ -13,6 +13,9 @@ from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server import domain
 from mlxpool_server.rpc.convert.requests import STATES
 
+# The end of the year 9999, where Timestamp ends: JSON printers fail on anything later.
+LAST_TIMESTAMP_S = 253_402_300_799
+
 STATE_TO_WIRE = {state: value for value, state in STATES.items()}
 CAPABILITY_TO_WIRE = {domain.Capability.CHAT: pb.MODEL_CAPABILITY_CHAT}
 LOAD_PHASE_TO_WIRE = {
@@ -166,8 +169,8 @@ def duration(value_s: float) -> Duration:
 def timestamp(posix_time: float) -> Timestamp:
     message = Timestamp()
     whole = math.floor(posix_time)
-    message.seconds = whole
     message.nanos = min(999_999_999, int((posix_time - whole) * 1e9))
+    message.seconds = min(whole, LAST_TIMESTAMP_S)
     return message
 
 

@@ -1,0 +1,38 @@
+"""A real server process with the demo model, for every test in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from e2e.server_process import ServerProcess
+from mlxpool_server.mlx_backend.demo_model import ensure_demo_model
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The converted demo model; made here if it was not made before."""
+    return ensure_demo_model(print)
+
+
+@pytest.fixture(scope="session")
+def server_process(
+    demo_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("server") / "log.jsonl") as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def server_address(server_process: ServerProcess) -> str:
+    """HOST:PORT of a server whose only model is `demo`."""
+    return server_process.address
+
+
+@pytest.fixture
+def channel(server_address: str) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server_address) as channel:
+        yield channel

@@ -1,0 +1,122 @@
+"""The README's examples, run as they are written against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.server_process import ROOT, environment
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+TIMEOUT_S = 120
+
+pytestmark = [pytest.mark.demo_model, pytest.mark.timeout(600)]
+
+_FENCE = re.compile(r"^```(?P<tag>[a-z]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(tag: str) -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [match["body"] for match in _FENCE.finditer(readme) if match["tag"] == tag]
+
+
+def commands() -> Iterator[list[str]]:
+    """Each `$ ` line of a console block, with the lines that its quotes or backslashes include."""
+    for block in blocks("console"):
+        pending = ""
+        for line in block.splitlines(keepends=True):
+            if not pending and not line.startswith("$ "):
+                continue
+            pending += line if pending else line.removeprefix("$ ")
+            if pending.endswith("\\\n"):
+                continue
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:
+                # A quote is still open.
+                continue
+            pending = ""
+            yield words
+        assert not pending, f"an unfinished command: {pending}"
+
+
+GRPCURL = [words for words in commands() if words[0] == "grpcurl"]
+PYTHON = [block for block in blocks("python") if "import" in block]
+
+
+def title(words: list[str]) -> str:
+    return words[-1].rpartition(".")[2]
+
+
+def at(address: str, text: str) -> str:
+    return text.replace(DEFAULT_ADDRESS, address)
+
+
+@pytest.fixture(scope="session")
+def grpcurl() -> str:
+    built = ROOT / ".tools" / "grpcurl"
+    found = str(built) if built.exists() else shutil.which("grpcurl")
+    if found is None:
+        how = "no grpcurl; scripts/install-grpcurl builds it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(how)
+        pytest.skip(how)
+    return found
+
+
+def test_readme_has_examples() -> None:
+    """The tests below test nothing when their examples are not found."""
+    services = {words[-1].partition("/")[0] for words in GRPCURL}
+    assert {"mlxpool.v1.ModelService", "mlxpool.v1.MemoryService"} <= services
+    assert PYTHON
+
+
+def test_examples_address_the_default_port() -> None:
+    """What a reader copies works with a server that was started without settings."""
+    assert all(DEFAULT_ADDRESS in words for words in GRPCURL)
+    assert all(DEFAULT_ADDRESS in block for block in PYTHON)
+
+
+@pytest.mark.parametrize("words", GRPCURL, ids=map(title, GRPCURL))
+def test_grpcurl_example(grpcurl: str, server_address: str, words: list[str]) -> None:
+    """It exits with 0 and says something."""
+    done = subprocess.run(
+        [grpcurl, *(at(server_address, word) for word in words[1:])],
+        capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_example(server_address: str, code: str, tmp_path: Path) -> None:
+    """It exits with 0 and says something."""
+    script = tmp_path / "example.py"
+    script.write_text(at(server_address, code), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], env=environment(),
+        capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_grpcurl_shows_error_details(grpcurl: str, server_address: str) -> None:
+    """Reflection resolves google.rpc's messages: grpcurl prints fields, not base64."""
+    done = subprocess.run(
+        [grpcurl, "-plaintext", "-d", '{"model": "nope"}', server_address,
+         "mlxpool.v1.ModelService/GetModel"],
+        capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Code: NotFound" in done.stderr
+    assert '"reason": "MODEL_NOT_FOUND"' in done.stderr
+    assert '"resource_name": "nope"' in done.stderr

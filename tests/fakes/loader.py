@@ -1,0 +1,101 @@
+"""Models that exist nowhere: a test says how large they are and how their load goes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fakes.model import FakeModel
+from fakes.tokenizer import VOCAB_SIZE, FakeTokenizer
+from mlxpool_server.domain import Capability, LoadPhase, LoadProgress, ModelInfo, ModelSpec
+from mlxpool_server.errors import LoadFailedError, LoadSupersededError
+
+
+@dataclass
+class FakeFiles:
+    """One model's files. `may_load` cleared: its load waits, at half its bytes, until it is set."""
+
+    estimated_bytes: int = 100
+    context_length: int = 1000
+    model: FakeModel = field(default_factory=FakeModel)
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    # False: a hub model, until it is fetched.
+    is_fetched: bool = True
+    inspect_error: str = ""
+    tokenizer_error: str = ""
+    # A load error raised in the middle; an Exception that is no domain error is raised as it is.
+    load_error: Exception | None = None
+    # False: a load that is past the point where it looks whether it is wanted.
+    is_cancellable: bool = True
+    may_load: threading.Event = field(default_factory=threading.Event)
+    is_loading: threading.Event = field(default_factory=threading.Event)
+    may_read_tokenizer: threading.Event = field(default_factory=threading.Event)
+    num_inspections: int = 0
+    num_loads: int = 0
+    num_tokenizer_reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.may_load.set()
+        self.may_read_tokenizer.set()
+
+    @classmethod
+    def of_size(cls, num_bytes: int, *, is_stepped: bool = False) -> FakeFiles:
+        """A model whose estimate is right."""
+        model = FakeModel(resident_bytes=num_bytes, is_stepped=is_stepped)
+        return cls(estimated_bytes=num_bytes, model=model)
+
+
+class FakeLoader:
+    def __init__(self, files: Mapping[str, FakeFiles]) -> None:
+        self._files = files
+
+    def fetch(self, spec: ModelSpec, report: Callable[[LoadProgress], None]) -> None:
+        files = self._files[spec.name]
+        if not files.is_fetched:
+            report(LoadProgress(LoadPhase.DOWNLOADING))
+            files.is_fetched = True
+
+    def inspect(self, spec: ModelSpec) -> ModelInfo | None:
+        files = self._files[spec.name]
+        files.num_inspections += 1
+        if not files.is_fetched:
+            return None
+        if files.inspect_error:
+            raise LoadFailedError(spec.name, files.inspect_error)
+        return ModelInfo(
+            architecture="fake",
+            quantization="",
+            context_length=files.context_length,
+            vocab_size=VOCAB_SIZE,
+            estimated_bytes=files.estimated_bytes,
+            revision="r1",
+            capabilities=frozenset({Capability.CHAT}),
+        )
+
+    def load_tokenizer(self, spec: ModelSpec) -> FakeTokenizer:
+        files = self._files[spec.name]
+        files.num_tokenizer_reads += 1
+        if not files.may_read_tokenizer.wait(timeout=30):
+            raise TimeoutError("the test never let the tokenizer be read")
+        if files.tokenizer_error:
+            raise LoadFailedError(spec.name, files.tokenizer_error)
+        return files.tokenizer
+
+    def load(
+        self,
+        spec: ModelSpec,
+        report: Callable[[LoadProgress], None],
+        is_cancelled: Callable[[], bool],
+    ) -> FakeModel:
+        files = self._files[spec.name]
+        files.num_loads += 1
+        report(LoadProgress(LoadPhase.LOADING, files.estimated_bytes // 2, files.estimated_bytes))
+        files.is_loading.set()
+        # As a real load looks up between two portions of weights.
+        while not files.may_load.wait(0.005):
+            if is_cancelled() and files.is_cancellable:
+                raise LoadSupersededError(spec.name)
+        if files.load_error is not None:
+            raise files.load_error
+        return files.model

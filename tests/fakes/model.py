@@ -1,0 +1,115 @@
+"""A model that answers with a script, at the pace a test sets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from fakes.tokenizer import EOS
+from mlxpool_server.domain import SamplingParams
+from mlxpool_server.engine.backend import StepOutput
+
+Script = Callable[[Sequence[int]], Iterator[int]]
+
+
+def echo(prompt: Sequence[int]) -> Iterator[int]:
+    """Answer with the prompt, then end."""
+    yield from prompt
+    while True:
+        yield EOS
+
+
+def endless(prompt: Sequence[int]) -> Iterator[int]:
+    """Repeat the prompt for ever."""
+    while True:
+        yield from prompt
+
+
+class FakeModel:
+    """`steps` None: run freely. Otherwise each step waits for one release of the semaphore."""
+
+    def __init__(
+        self, *, resident_bytes: int = 100, script: Script = echo, is_stepped: bool = False
+    ) -> None:
+        self.resident_bytes = resident_bytes
+        self.script = script
+        self.steps = threading.Semaphore(0) if is_stepped else None
+        # Set while a step waits for its release.
+        self.is_waiting = threading.Event()
+        # Raised by the next call, once each.
+        self.step_errors: list[BaseException] = []
+        self.runner_errors: list[Exception] = []
+        self.add_errors: list[Exception] = []
+        self.remove_errors: list[Exception] = []
+        self.close_errors: list[Exception] = []
+        self.batches: list[FakeBatch] = []
+
+    def new_runner(self) -> FakeBatch:
+        _raise_next(self.runner_errors)
+        self.batches.append(FakeBatch(self))
+        return self.batches[-1]
+
+    def run_freely(self) -> None:
+        """Let the step that waits go, and all that follow."""
+        steps, self.steps = self.steps, None
+        if steps is not None:
+            steps.release()
+
+
+class FakeBatch:
+    """Prefills a slot in its first step, then gives one token a step."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.model = model
+        self.is_closed = False
+        self.slots: dict[int, Iterator[int]] = {}
+        self.prompts: dict[int, Sequence[int]] = {}
+        self.samplings: dict[int, SamplingParams] = {}
+        # In the order in which they joined.
+        self.joined: list[Sequence[int]] = []
+        self.largest = 0
+        self.num_steps = 0
+        self.threads: set[str] = set()
+
+    def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        _raise_next(self.model.add_errors)
+        self.joined.append(prompt)
+        self.slots[slot] = self.model.script(prompt)
+        self.prompts[slot] = prompt
+        self.samplings[slot] = sampling
+        self.largest = max(self.largest, len(self.slots))
+
+    def remove(self, slots: Sequence[int]) -> None:
+        _raise_next(self.model.remove_errors)
+        for slot in slots:
+            del self.slots[slot]
+            self.prompts.pop(slot, None)
+
+    def step(self) -> StepOutput:
+        if (steps := self.model.steps) is not None:
+            self.model.is_waiting.set()
+            steps.acquire()
+            self.model.is_waiting.clear()
+        self.num_steps += 1
+        self.threads.add(threading.current_thread().name)
+        _raise_next(self.model.step_errors)
+        prefilled = tuple((slot, len(prompt)) for slot, prompt in self.prompts.items())
+        fresh = set(self.prompts)
+        self.prompts.clear()
+        tokens = tuple(
+            (slot, next(script)) for slot, script in self.slots.items() if slot not in fresh
+        )
+        return StepOutput(tokens=tokens, prefilled=prefilled)
+
+    def kv_bytes(self) -> int:
+        return 10 * len(self.slots)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.slots.clear()
+        _raise_next(self.model.close_errors)
+
+
+def _raise_next(errors: list[Exception] | list[BaseException]) -> None:
+    if errors:
+        raise errors.pop(0)

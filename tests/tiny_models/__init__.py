@@ -1,0 +1,13 @@
+"""Small random models and tokenizers, written as real files. Needs mlx."""
+
+from tiny_models.tokenizers import CHAT_TEMPLATE, write_byte_level, write_sentence_piece
+from tiny_models.weights import ARCHITECTURES, write_model, write_weights
+
+__all__ = [
+    "ARCHITECTURES",
+    "CHAT_TEMPLATE",
+    "write_byte_level",
+    "write_model",
+    "write_sentence_piece",
+    "write_weights",
+]

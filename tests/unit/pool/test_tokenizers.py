@@ -1,0 +1,105 @@
+"""Tokenizers and prompts: read once, off the event loop, without weights."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from fakes.loader import FakeFiles, FakeLoader
+from mlxpool_server.domain import ChatMessage, ChatPrompt, ModelSpec, Role, TextPrompt, TokenPrompt
+from mlxpool_server.errors import LoadFailedError
+from mlxpool_server.pool.prompts import PromptReader
+from mlxpool_server.pool.tokenizers import Tokenizers
+
+SPEC = ModelSpec("m", Path("unread"))
+
+
+@pytest.fixture
+def files() -> FakeFiles:
+    return FakeFiles()
+
+
+@pytest.fixture
+def tokenizers(files: FakeFiles) -> Tokenizers:
+    return Tokenizers(FakeLoader({"m": files}))
+
+
+@pytest.fixture
+def prompts(files: FakeFiles) -> PromptReader:
+    return PromptReader(FakeLoader({"m": files}))
+
+
+async def test_a_tokenizer_is_read_once(files: FakeFiles, tokenizers: Tokenizers) -> None:
+    """However many ask, together or later, they get the same one."""
+    together = await asyncio.gather(*(tokenizers.get(SPEC) for _ in range(5)))
+    assert {id(each) for each in (*together, await tokenizers.get(SPEC))} == {id(files.tokenizer)}
+    assert files.num_tokenizer_reads == 1
+
+
+async def test_a_failed_read_is_tried_again(files: FakeFiles, tokenizers: Tokenizers) -> None:
+    """Everyone who waits gets the error; the next caller tries again."""
+    files.tokenizer_error = "broken"
+    waiting = [tokenizers.get(SPEC) for _ in range(3)]
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [LoadFailedError] * 3
+    assert files.num_tokenizer_reads == 1
+    files.tokenizer_error = ""
+    assert await tokenizers.get(SPEC) is files.tokenizer
+    assert files.num_tokenizer_reads == 2
+
+
+async def test_a_caller_who_gives_up_harms_nobody(files: FakeFiles, tokenizers: Tokenizers) -> None:
+    """The one that started the read may leave; the others get the tokenizer."""
+    files.may_read_tokenizer.clear()
+    starter, other = (asyncio.ensure_future(tokenizers.get(SPEC)) for _ in range(2))
+    await asyncio.sleep(0)
+    starter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starter
+    files.may_read_tokenizer.set()
+    assert await other is files.tokenizer
+    assert files.num_tokenizer_reads == 1
+
+
+async def test_a_failed_read_that_nobody_waits_for(
+    files: FakeFiles, tokenizers: Tokenizers
+) -> None:
+    """Its error is nobody's, and the next caller tries again."""
+    files.tokenizer_error = "broken"
+    files.may_read_tokenizer.clear()
+    starter = asyncio.ensure_future(tokenizers.get(SPEC))
+    await asyncio.sleep(0)
+    starter.cancel()
+    await asyncio.wait([starter])
+    (read,) = tokenizers._reads.values()
+    files.may_read_tokenizer.set()
+    await asyncio.wait([read])
+    await asyncio.sleep(0)
+    files.tokenizer_error = ""
+    assert await tokenizers.get(SPEC) is files.tokenizer
+
+
+async def test_prompts_are_read_off_the_loop(files: FakeFiles, prompts: PromptReader) -> None:
+    """Encoding, and the pieces of Tokenize, run on worker threads."""
+    await prompts.tokenize(SPEC, TextPrompt("abc"), include_pieces=True)
+    assert files.tokenizer.threads
+    assert threading.current_thread().name not in files.tokenizer.threads
+
+
+async def test_tokenize_and_read_agree(files: FakeFiles, prompts: PromptReader) -> None:
+    """Tokenize shows exactly what would run: ids, text after the template, bytes of each token."""
+    chat = ChatPrompt((ChatMessage(Role.USER, "é"),))
+    shown = await prompts.tokenize(SPEC, chat, include_pieces=True)
+    read = await prompts.read(SPEC, chat)
+    assert shown.token_ids == read.token_ids == tuple("<user>é".encode())
+    assert shown.rendered_prompt == "<user>é"
+    assert b"".join(shown.pieces) == "<user>é".encode()
+
+
+async def test_pieces_only_when_asked_for(files: FakeFiles, prompts: PromptReader) -> None:
+    """Tokens are taken as they are, with no text and no pieces."""
+    shown = await prompts.tokenize(SPEC, TokenPrompt((1, 2)), include_pieces=False)
+    assert (shown.token_ids, shown.pieces, shown.rendered_prompt) == ((1, 2), (), "")
