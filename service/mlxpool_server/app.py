@@ -31,6 +31,8 @@ from mlxpool_server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+# Prompts of one model that are prefilled together.
+PREFILL_ROWS = 8
 # How long the engine may take for the step it is in when the server stops.
 ENGINE_STOP_S = 5.0
 # How long calls that are no generations (watchers, loads) may linger after the drain.
@@ -61,6 +63,8 @@ class App:
             or int(device.recommended_bytes * settings.pool_memory_share),
             default_keep_alive_s=settings.default_keep_alive_s,
             heartbeat_s=settings.progress_interval_s,
+            max_batch_size=settings.max_batch_size,
+            prefill_tokens=settings.prefill_step_tokens * _prefill_rows(settings),
         )
         prompts = PromptReader(loader)
         self._generations = Generations(
@@ -200,6 +204,7 @@ async def _serve(settings: Settings, catalog: Catalog) -> int:
 
     loader = MlxLoader(
         max_batch_size=settings.max_batch_size,
+        prefill_rows=_prefill_rows(settings),
         prefill_step_tokens=settings.prefill_step_tokens,
         default_layout=settings.default_layout,
     )
@@ -233,3 +238,7 @@ def _stop_on_signals(app: App) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+
+
+def _prefill_rows(settings: Settings) -> int:
+    return min(PREFILL_ROWS, settings.max_batch_size)

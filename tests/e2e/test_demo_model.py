@@ -27,7 +27,9 @@ TOKENS = 10
 
 @pytest.fixture(scope="module")
 def loader() -> MlxLoader:
-    return MlxLoader(max_batch_size=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32)
+    return MlxLoader(
+        max_batch_size=8, prefill_rows=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 
 from fakes.model import FakeModel
 from fakes.tokenizer import VOCAB_SIZE, FakeTokenizer
-from mlxpool_server.domain import Capability, LoadPhase, LoadProgress, ModelInfo, ModelSpec
+from mlxpool_server.domain import (
+    Capability,
+    Footprint,
+    LoadPhase,
+    LoadProgress,
+    ModelInfo,
+    ModelSpec,
+)
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 
 
@@ -18,6 +25,7 @@ class FakeFiles:
 
     estimated_bytes: int = 100
     context_length: int = 1000
+    footprint: Footprint = field(default_factory=Footprint)
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     # False: a hub model, until it is fetched.
@@ -69,6 +77,7 @@ class FakeLoader:
             context_length=files.context_length,
             vocab_size=VOCAB_SIZE,
             estimated_bytes=files.estimated_bytes,
+            footprint=files.footprint,
             revision="r1",
             capabilities=frozenset({Capability.CHAT}),
         )

@@ -135,8 +135,9 @@ class House:
         self.catalog = Catalog.build(
             named.get(name, ModelSpec(name, Path("unread"))) for name in files
         )
+        max_batch_size = options.pop("max_batch_size", 4)
         self.engine = Engine(
-            max_batch_size=options.pop("max_batch_size", 4),
+            max_batch_size=max_batch_size,
             on_death=self.deaths.set,
             on_model_failed=self._on_model_failed,
         )
@@ -149,6 +150,8 @@ class House:
                 limit_bytes=limit_bytes,
                 default_keep_alive_s=options.pop("default_keep_alive_s", 300.0),
                 heartbeat_s=options.get("heartbeat_s", PATIENCE_S),
+                max_batch_size=max_batch_size,
+                prefill_tokens=1000,
             )
         self.prompts = PromptReader(loader)
         limits = {

@@ -139,8 +139,6 @@ class Engine:
             await done
         finally:
             self._pending.pop(done, None)
-            # It holds the error it raises, whose frames hold the model: no cycle here.
-            del done
 
     def _check_alive(self, name: str) -> None:
         if not self.is_alive:
@@ -230,8 +228,7 @@ class Engine:
             )
         except Exception as error:  # the loader is told; the engine goes on
             log.exception("engine.attach_failed", model=name)
-            # Its frames hold the model.
-            self._replies.append((done, error.with_traceback(None)))
+            self._replies.append((done, error))
             return
         self._lanes[name] = _Lane(runner)
         self._turns.append(name)

@@ -17,7 +17,13 @@ class MlxBatch:
     """Engine thread only."""
 
     def __init__(
-        self, model: nn.Module, *, vocab_size: int, max_batch_size: int, prefill_step_tokens: int
+        self,
+        model: nn.Module,
+        *,
+        vocab_size: int,
+        max_batch_size: int,
+        prefill_rows: int,
+        prefill_step_tokens: int,
     ) -> None:
         self._vocab_size = vocab_size
         self._generator = BatchGenerator(
@@ -25,7 +31,7 @@ class MlxBatch:
             # The engine decides when a sequence ends: mlx-lm copies the KV cache of one it ends.
             max_tokens=sys.maxsize,
             completion_batch_size=max_batch_size,
-            prefill_batch_size=min(8, max_batch_size),
+            prefill_batch_size=prefill_rows,
             prefill_step_size=prefill_step_tokens,
         )
         # All this gives back is Metal's wired limit, which MlxMemory owns: mlx-lm would reset what

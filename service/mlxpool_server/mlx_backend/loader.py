@@ -77,10 +77,16 @@ class MlxLoader:
     """Every method blocks and may run on any thread but the event loop's."""
 
     def __init__(
-        self, *, max_batch_size: int, prefill_step_tokens: int, default_layout: Layout
+        self,
+        *,
+        max_batch_size: int,
+        prefill_rows: int,
+        prefill_step_tokens: int,
+        default_layout: Layout,
     ) -> None:
         self._batch_options = {
             "max_batch_size": max_batch_size,
+            "prefill_rows": prefill_rows,
             "prefill_step_tokens": prefill_step_tokens,
         }
         self._default_layout = default_layout

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import structlog
 
-from mlxpool_server.domain import LoadPhase, LoadProgress
+from mlxpool_server.domain import LoadPhase, LoadProgress, ModelState
 from mlxpool_server.errors import MemoryInUseError, PoolMemoryLimitError
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.ledger import Ledger
@@ -60,6 +60,21 @@ class Eviction:
             residency.report(LoadProgress(LoadPhase.EVICTING, total_bytes=required_bytes))
             self._evict(victims)
         await self._ledger.hold(residency, required_bytes)
+
+    def start_freeing(self, missing_bytes: int) -> bool:
+        """Evict idle models so that as much comes free. False: not possible, nobody was evicted."""
+        evictable = self._evictable()
+        if missing_bytes > self._coming_bytes() + self._held(evictable):
+            return False
+        self._evict(self._pick(evictable, missing_bytes))
+        return True
+
+    @property
+    def is_anyone_moving(self) -> bool:
+        """A model comes or goes: what is free will change."""
+        residencies = (entry.residency for entry in self._entries)
+        moving = (ModelState.LOADING, ModelState.UNLOADING)
+        return any(each is not None and each.state in moving for each in residencies)
 
     async def set_limit(self, limit_bytes: int) -> tuple[str, ...]:
         """Set the pool's limit; return who was evicted for it.

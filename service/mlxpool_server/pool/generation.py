@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mlxpool_server.domain import (
     FinishReason,
@@ -39,6 +40,7 @@ from mlxpool_server.pool.backend import Tokenizer
 from mlxpool_server.pool.lease import Lease
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader, check_token_ids
+from mlxpool_server.pool.reservations import Reservation
 
 RETRY_AFTER_S = 1.0
 
@@ -121,8 +123,6 @@ class Generations:
                     async for event in events:
                         yield event
             finally:
-                # GeneratorExit arrives here when a send blocks, so abort in `finally`.
-                self._abort(generation)
                 self._forget(generation)
 
     def cancel(self, generation_id: str) -> None:
@@ -132,6 +132,7 @@ class Generations:
             raise GenerationNotFoundError(generation_id)
         generation.is_cancelled = True
         generation.lease.wake()
+        self._pool.reservations.wake()
         self._abort(generation)
 
     async def drain(self, grace_s: float) -> bool:
@@ -155,9 +156,7 @@ class Generations:
             generation.generation_id, name, admitted.revision, admitted.sampling.seed or 0
         )
         load_started_at = time.monotonic()
-        async with aclosing(
-            lease.loading(lambda: generation.patience_s(self._limits.heartbeat_s))
-        ) as loading:
+        async with aclosing(lease.loading(partial(self._patience_s, generation))) as loading:
             async for load in loading:
                 if generation.ended_early() is not None:
                     break
@@ -170,15 +169,41 @@ class Generations:
         # Known by now, a hub model's too.
         info = await self._pool.info(name)
         sequence = self._sequence(request, generation, admitted, info, load_s)
-        lease.check()
-        stream = OutputStream()
-        generation.slot = self._engine.submit(sequence, stream)
-        # A cancel may have come while the info was read.
-        if generation.is_cancelled:
-            self._abort(generation)
-        async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
+        async with aclosing(self._generate(generation, sequence, info)) as events:
             async for event in events:
                 yield event
+
+    async def _generate(
+        self, generation: _InFlight, sequence: SequenceRequest, info: ModelInfo
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Wait for memory, then run."""
+        num_tokens = len(sequence.prompt) + sequence.max_tokens
+        reservation = Reservation(sequence.model, info.footprint, num_tokens, len(sequence.prompt))
+        reservations = self._pool.reservations
+        try:
+            patience_s = partial(self._patience_s, generation)
+            async with aclosing(reservations.take(reservation, patience_s)) as line:
+                async for place in line:
+                    if generation.ended_early() is not None:
+                        break
+                    yield GenerationProgress(GenerationPhase.QUEUED, queue_position=place)
+            generation.lease.check()
+            # One that ended in line is submitted all the same: the engine ends it at once.
+            stream = OutputStream()
+            generation.slot = self._engine.submit(sequence, stream)
+            if generation.is_cancelled:
+                self._abort(generation)
+            async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            # GeneratorExit arrives here when a send blocks, so abort in `finally`; before the
+            # bytes are given to others, who come behind it in the engine's inbox.
+            self._abort(generation)
+            reservations.give_back(reservation)
+
+    def _patience_s(self, generation: _InFlight) -> float:
+        return generation.patience_s(self._limits.heartbeat_s)
 
     async def _admit(self, request: GenerationRequest, generation: _InFlight) -> _Admitted:
         """Everything that can refuse the request, before its first event."""
@@ -193,8 +218,11 @@ class Generations:
         check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer)
         info = await self._pool.find_info(spec.name)
         if info is not None:
-            self._max_tokens(request, len(prompt.token_ids), info)
-        await self._pool.check_fits(spec.name)
+            prompt_tokens = len(prompt.token_ids)
+            max_tokens, _ = self._max_tokens(request, prompt_tokens, info)
+            self._pool.check_fits(
+                Reservation(spec.name, info.footprint, prompt_tokens + max_tokens, prompt_tokens)
+            )
         if request.keep_alive_s is not None:
             self._pool.set_keep_alive(spec.name, request.keep_alive_s)
         return _Admitted(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from mlxpool_server.pool.broadcast import Broadcast
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Claim:
@@ -26,6 +28,8 @@ class Ledger:
         # By how much the limit is about to be lowered.
         self._lowering_bytes = 0
         self._held: dict[object, int] = {}
+        # Bytes became free, or the limit rose.
+        self.changed = Broadcast()
         self._claims: list[_Claim] = []
 
     @property
@@ -73,6 +77,16 @@ class Ledger:
                 self._claims.remove(claim)
                 self._grant()
 
+    def try_hold(self, holder: object, num_bytes: int) -> bool:
+        """Set what `holder` holds, if nobody has to wait or be passed over for it."""
+        missing_bytes = num_bytes - self.held_by(holder)
+        if missing_bytes > max(0, self.unclaimed_bytes):
+            return False
+        self._set(holder, num_bytes)
+        if missing_bytes < 0:
+            self._grant()
+        return True
+
     def release(self, holder: object) -> int:
         """Return how many bytes became free."""
         released = self._held.pop(holder, 0)
@@ -90,8 +104,6 @@ class Ledger:
         self._lowering_bytes += lowering_bytes
         try:
             await self.hold(reserve, lowering_bytes)
-            # At once, so that nobody is served in between.
-            self._held.pop(reserve)
             self._limit_bytes -= lowering_bytes
         finally:
             self._lowering_bytes -= lowering_bytes
@@ -105,6 +117,7 @@ class Ledger:
             # A waiter who was cancelled in this very moment gives it back by `release`.
             if not claim.granted.done():
                 claim.granted.set_result(None)
+        self.changed.notify()
 
     def _set(self, holder: object, num_bytes: int) -> None:
         if num_bytes > 0:

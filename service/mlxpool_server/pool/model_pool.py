@@ -36,6 +36,7 @@ from mlxpool_server.pool.eviction import Eviction
 from mlxpool_server.pool.lease import Lease, watch
 from mlxpool_server.pool.ledger import Ledger
 from mlxpool_server.pool.loads import Loads
+from mlxpool_server.pool.reservations import Reservation, Reservations
 from mlxpool_server.pool.residency import Residency
 from mlxpool_server.pool.tasks import Tasks
 from mlxpool_server.pool.unloads import Unloads
@@ -52,7 +53,10 @@ class ModelPool:
         limit_bytes: int,
         default_keep_alive_s: float,
         heartbeat_s: float,
+        max_batch_size: int,
+        prefill_tokens: int,
     ) -> None:
+        """`prefill_tokens`: the most prompt tokens that one step of one model works on."""
         self._catalog = catalog
         self._engine = engine
         self._heartbeat_s = heartbeat_s
@@ -61,6 +65,12 @@ class ModelPool:
         self._tasks = Tasks()
         self._unloads = Unloads(engine, memory, self._ledger, self._tasks, heartbeat_s)
         self._eviction = Eviction(self._entries.values(), self._ledger, self._unloads)
+        self.reservations = Reservations(
+            self._ledger,
+            self._eviction,
+            max_batch_size=max_batch_size,
+            prefill_tokens=prefill_tokens,
+        )
         self._loads = Loads(loader, engine, self._eviction, self._unloads, self._tasks)
 
     # ------------------------------------------------------------ looking
@@ -95,9 +105,18 @@ class ModelPool:
             raise LoadFailedError(self._entry(name).spec.name, "its files are not on this machine")
         return info
 
-    async def check_fits(self, name: str) -> None:
-        """Raises: PoolMemoryLimitError when loading it now could not free enough memory."""
-        await self._foresee(self._entry(name), allow_eviction=True)
+    def check_fits(self, wanted: Reservation) -> None:
+        """Raises: PoolMemoryLimitError when the model cannot be loaded now, or this generation
+        would not fit even alone. Its info has to be known: ask `find_info` first.
+        """
+        entry = self._entry(wanted.model)
+        info = entry.info
+        if info is None:
+            return
+        weights_bytes = self._ledger.held_by(entry.residency) or info.estimated_bytes
+        self.reservations.check_possible(wanted, weights_bytes)
+        if entry.residency is None:
+            self._eviction.choose_victims(entry.spec.name, info.estimated_bytes)
 
     def memory_by_model(self) -> tuple[ModelMemory, ...]:
         return tuple(

@@ -339,7 +339,12 @@ class Shell:
     def interrupted(self, *argv: str) -> Outcome:
         output = Interrupting()
         self.monkeypatch.setattr("sys.stdout", output)
-        outcome = self(*argv)
+        # Started in the background, by a CI say, a process ignores SIGINT.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            outcome = self(*argv)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return Outcome(outcome.code, output.getvalue(), outcome.err)
 
     def on_a_terminal(self, *argv: str, keys: str = "") -> Outcome:

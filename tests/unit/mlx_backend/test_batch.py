@@ -24,7 +24,9 @@ STEPS = 24
 
 
 def load(folder: Path) -> MlxModel:
-    loader = MlxLoader(max_batch_size=8, prefill_step_tokens=16, default_layout=Layout.FLOAT32)
+    loader = MlxLoader(
+        max_batch_size=8, prefill_rows=8, prefill_step_tokens=16, default_layout=Layout.FLOAT32
+    )
     return loader.load(ModelSpec("tiny", folder), lambda _: None, lambda: False)
 
 

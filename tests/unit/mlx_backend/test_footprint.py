@@ -24,7 +24,9 @@ def footprint_of(architecture: str) -> Footprint:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_never_holds_more_than_its_footprint(architecture: str, tmp_path: Path) -> None:
     """Rows of all lengths together take at most what the footprint says, and not far less."""
-    loader = MlxLoader(max_batch_size=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32)
+    loader = MlxLoader(
+        max_batch_size=8, prefill_rows=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32
+    )
     spec = ModelSpec("tiny", write_model(tmp_path / architecture, architecture))
     batch = loader.load(spec, lambda _: None, lambda: False).new_runner()
     footprint = footprint_of(architecture)
@@ -67,7 +69,9 @@ def test_a_chunk_of_prefill_stays_within_its_footprint(tmp_path: Path) -> None:
     """The peak of a prefill step is at most what batch_bytes reserves for it."""
     changes = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 2048}
     spec = ModelSpec("tiny", write_model(tmp_path / "llama", "llama", **changes))
-    loader = MlxLoader(max_batch_size=8, prefill_step_tokens=256, default_layout=Layout.FLOAT32)
+    loader = MlxLoader(
+        max_batch_size=8, prefill_rows=8, prefill_step_tokens=256, default_layout=Layout.FLOAT32
+    )
     model = loader.load(spec, lambda _: None, lambda: False)
     footprint = read_footprint(ARCHITECTURES["llama"] | changes, mx.float32, fused=False)
     batch = model.new_runner()

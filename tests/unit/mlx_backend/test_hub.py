@@ -101,7 +101,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def loader() -> MlxLoader:
-    return MlxLoader(max_batch_size=4, prefill_step_tokens=16, default_layout=Layout.STORED)
+    return MlxLoader(
+        max_batch_size=4, prefill_rows=4, prefill_step_tokens=16, default_layout=Layout.STORED
+    )
 
 
 def test_fetch_inspect_load(hub: Hub, loader: MlxLoader, capfd: pytest.CaptureFixture[str]) -> None:

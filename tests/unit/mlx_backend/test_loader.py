@@ -33,7 +33,9 @@ LAYOUTS = [Layout.STORED, Layout.FLOAT32, Layout.BFLOAT16, Layout.FLOAT16]
 
 
 def make_loader(layout: Layout = Layout.AUTO) -> MlxLoader:
-    return MlxLoader(max_batch_size=4, prefill_step_tokens=16, default_layout=layout)
+    return MlxLoader(
+        max_batch_size=4, prefill_rows=4, prefill_step_tokens=16, default_layout=layout
+    )
 
 
 def load(folder: Path, loader: MlxLoader | None = None) -> MlxModel:

@@ -12,6 +12,7 @@ from fakes.model import FakeModel
 from fakes.running_engine import PATIENCE_S
 from mlxpool_server.domain import LoadPhase, LoadProgress, ModelSpec, ModelState
 from mlxpool_server.errors import LoadFailedError, ModelUnloadedError
+from mlxpool_server.pool.lease import watch
 from mlxpool_server.pool.residency import Residency
 
 ERROR = LoadFailedError("m", "broken")
@@ -113,3 +114,13 @@ def test_progress_counts_while_it_loads() -> None:
 def test_the_weights_go_with_the_stay() -> None:
     """A stay that ended refers to no model."""
     assert _stay("ready", "leave", "end").model is None
+
+
+async def test_who_watched_a_load_is_not_told_of_a_later_unload() -> None:
+    """A load that ended well ended well, even when its model left before anyone looked."""
+    residency = _stay()
+    watching = watch(residency, lambda: PATIENCE_S)
+    assert await anext(watching) is residency.progress
+    residency.become_ready(FakeModel())
+    residency.leave(ModelUnloadedError("m"))
+    assert [progress async for progress in watching] == []
