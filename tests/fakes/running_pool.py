@@ -29,6 +29,7 @@ from mlxpool_server.domain import (
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.errors import DrainingError
 from mlxpool_server.pool import model_pool
+from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.generation import GenerationLimits, Generations
@@ -46,11 +47,13 @@ class WatchedLedger(Ledger):
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(limit_bytes)
         self.most_bytes = 0
+        self.moved = Broadcast()
         self.violations: list[str] = []
 
     def _set(self, holder: object, num_bytes: int) -> None:
         super()._set(holder, num_bytes)
         self.most_bytes = max(self.most_bytes, self.used_bytes)
+        self.moved.notify()
         if self.used_bytes > self.limit_bytes:
             self.violations.append(f"{self.used_bytes} held, {self.limit_bytes} allowed")
 
@@ -219,6 +222,12 @@ class House:
         ledger = self.pool._ledger
         assert isinstance(ledger, WatchedLedger)
         return ledger
+
+    async def held(self, num_bytes: int) -> None:
+        """Wait until as many bytes are held as that."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.pool.used_bytes != num_bytes:
+                await self.ledger.moved.wait(PATIENCE_S)
 
     @property
     def resident(self) -> set[str]:

@@ -23,6 +23,7 @@ from mlxpool_server.engine.messages import Abort, Attach, Detach, Message, Stop,
 from mlxpool_server.engine.model_runner import ModelRunner, RunnerStats
 from mlxpool_server.engine.output_stream import OutputStream, StreamItem
 from mlxpool_server.engine.sequence import Sequence, SequenceRequest
+from mlxpool_server.engine.turns import Turns
 from mlxpool_server.errors import GenerationFailedError, MlxpoolError
 
 log = structlog.get_logger(__name__)
@@ -72,7 +73,7 @@ class Engine:
         self._pending: dict[asyncio.Future[None], str] = {}
         # The engine thread's.
         self._lanes: dict[str, _Lane] = {}
-        self._turns: list[str] = []
+        self._turns = Turns()
         self._outbox: list[tuple[int, StreamItem]] = []
         self._replies: list[tuple[asyncio.Future[None], Exception | None]] = []
         # Written by the engine thread, frozen values, read by anyone.
@@ -231,7 +232,7 @@ class Engine:
             self._replies.append((done, error))
             return
         self._lanes[name] = _Lane(runner)
-        self._turns.append(name)
+        self._turns.add(name)
         self._replies.append((done, None))
 
     def _submit(self, slot: int, request: SequenceRequest) -> None:
@@ -250,14 +251,19 @@ class Engine:
 
     def _step(self) -> None:
         """One step of the model whose turn it is."""
-        for name in self._turns:
-            lane = self._lanes[name]
-            if lane.runner.has_work:
-                self._turns.remove(name)
-                self._turns.append(name)
-                if self._guard(name, lane, lane.runner.step):
-                    lane.consecutive_failures = 0
-                return
+        name = self._turns.next(
+            [name for name, lane in self._lanes.items() if lane.runner.has_work]
+        )
+        if name is None:
+            return
+        lane = self._lanes[name]
+        started_at = self._clock()
+        if self._guard(name, lane, lane.runner.admit):
+            # Who waits for a long step knows by then that it has begun.
+            self._flush()
+            if self._guard(name, lane, lane.runner.step):
+                lane.consecutive_failures = 0
+        self._turns.spend(name, self._clock() - started_at)
 
     def _guard(self, name: str, lane: _Lane, action: Callable[[], None]) -> bool:
         """A failure inside a model's batch ends that model's streams, and nothing else."""

@@ -69,10 +69,13 @@ class ModelRunner:
         self._scheduler.submit(sequence)
         self._tell_queue()
 
-    def step(self) -> None:
-        """Advance every running sequence. Raises: whatever the backend raises."""
+    def admit(self) -> None:
+        """End whose time is up, and take who waits into the batch. Raises: as `step`."""
         self._expire()
         self._admit()
+
+    def step(self) -> None:
+        """Advance every running sequence. Raises: whatever the backend raises."""
         if self._scheduler.num_running == 0:
             return
         output = self._batch.step()

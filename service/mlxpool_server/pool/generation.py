@@ -164,7 +164,7 @@ class Generations:
         load_s = time.monotonic() - load_started_at
         reason = generation.ended_early()
         if reason is not None:
-            yield _finished_unrun(admitted, generation, load_s, reason)
+            yield _finished_unrun(generation, len(admitted.prompt), load_s, reason)
             return
         # Known by now, a hub model's too.
         info = await self._pool.info(name)
@@ -188,11 +188,13 @@ class Generations:
                         break
                     yield GenerationProgress(GenerationPhase.QUEUED, queue_position=place)
             generation.lease.check()
-            # One that ended in line is submitted all the same: the engine ends it at once.
+            reason = generation.ended_early()
+            if reason is not None:
+                prompt_tokens = len(sequence.prompt)
+                yield _finished_unrun(generation, prompt_tokens, sequence.load_s, reason)
+                return
             stream = OutputStream()
             generation.slot = self._engine.submit(sequence, stream)
-            if generation.is_cancelled:
-                self._abort(generation)
             async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
                 async for event in events:
                     yield event
@@ -312,11 +314,11 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
 
 
 def _finished_unrun(
-    admitted: _Admitted, generation: _InFlight, load_s: float, reason: FinishReason
+    generation: _InFlight, prompt_tokens: int, load_s: float, reason: FinishReason
 ) -> GenerationFinished:
     return GenerationFinished(
         finish_reason=reason,
         text="",
-        usage=TokenUsage(prompt_tokens=len(admitted.prompt), completion_tokens=0),
+        usage=TokenUsage(prompt_tokens=prompt_tokens, completion_tokens=0),
         timings=GenerationTimings(load_s=load_s, total_s=time.monotonic() - generation.received_at),
     )

@@ -67,10 +67,17 @@ class Reservations:
         """
         use = self._uses.setdefault(wanted.model, _ModelUse())
         use.waiting.append(wanted)
+        shown = 0
         try:
             while use.waiting[0] is not wanted or not self._try_grant(use, wanted):
-                yield use.waiting.index(wanted) + 1
-                await self._ledger.changed.wait(wait_s())
+                place = use.waiting.index(wanted) + 1
+                # Bytes may come free while the reader holds the last event: look before waiting.
+                if place == shown:
+                    await self._ledger.changed.wait(wait_s())
+                    shown = 0
+                else:
+                    shown = place
+                    yield place
         finally:
             use.waiting.remove(wanted)
             # The next in line may fit, or learn that it is the first now.

@@ -121,12 +121,11 @@ class Settings(BaseModel):
         title="count",
         description="Requests that may wait per model; further ones get UNAVAILABLE.",
     )
-    default_max_tokens: Count | None = Field(
-        default=None,
+    default_max_tokens: Count = Field(
+        default=4096,
         title="count",
-        examples=["1024"],
-        description="Tokens to generate when a request does not say. "
-        "Unset: up to the model's context length.",
+        description="Tokens to generate when a request does not say, or up to the model's context "
+        "length if that is less. Memory is reserved for so many, so more means fewer at once.",
     )
     max_prompt_tokens: Count | None = Field(
         default=None,

@@ -39,7 +39,11 @@ class Bench:
 
     def run(self) -> None:
         while self.runner.has_work:
-            self.runner.step()
+            self.step()
+
+    def step(self) -> None:
+        self.runner.admit()
+        self.runner.step()
 
     def end(self, slot: int) -> StreamItem:
         return self.emitted[slot][-1]
@@ -74,7 +78,7 @@ def test_the_queue_moves_up() -> None:
     bench = Bench(max_batch_size=1)
     for slot in range(3):
         bench.submit(slot, submitted_at=float(slot))
-    bench.runner.step()
+    bench.step()
     assert bench.end(2) == GenerationProgress(GenerationPhase.QUEUED, queue_position=2)
 
 
@@ -136,10 +140,10 @@ def test_an_expired_sequence_keeps_its_text() -> None:
     """TIME_LIMIT ends a running sequence with what it has, and frees its slot."""
     bench = Bench()
     bench.submit(0, "abc", expires_at=bench.clock.now + 1)
-    bench.runner.step()
-    bench.runner.step()
+    bench.step()
+    bench.step()
     bench.clock.now += 1
-    bench.runner.step()
+    bench.step()
     assert bench.finished(0).finish_reason is FinishReason.TIME_LIMIT
     assert bench.finished(0).text == "a"
     assert bench.model.batches[0].slots == {}
@@ -150,9 +154,9 @@ def test_an_expired_sequence_that_waits() -> None:
     bench = Bench(max_batch_size=1)
     bench.submit(0, "abc")
     bench.submit(1, expires_at=bench.clock.now + 1, submitted_at=1.0)
-    bench.runner.step()
+    bench.step()
     bench.clock.now += 1
-    bench.runner.step()
+    bench.step()
     assert bench.finished(1).finish_reason is FinishReason.TIME_LIMIT
     assert bench.finished(1).usage.completion_tokens == 0
 
@@ -162,7 +166,7 @@ def test_close_tells_running_and_waiting() -> None:
     bench = Bench(max_batch_size=1)
     bench.submit(0)
     bench.submit(1, submitted_at=1.0)
-    bench.runner.step()
+    bench.step()
     error = ModelUnloadedError("m")
     bench.runner.close(error)
     assert bench.end(0) is bench.end(1) is error
@@ -176,7 +180,7 @@ def test_rebuild_starts_over() -> None:
     bench.submit(0)
     bench.model.step_errors.append(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        bench.runner.step()
+        bench.step()
     bench.runner.rebuild()
     assert isinstance(bench.end(0), GenerationFailedError)
     bench.submit(1, "ab")
@@ -191,7 +195,7 @@ def test_stats_say_what_runs_and_waits() -> None:
     bench.submit(0)
     bench.submit(1, submitted_at=1.0)
     assert bench.runner.stats() == RunnerStats(running=0, waiting=2, kv_bytes=0)
-    bench.runner.step()
+    bench.step()
     assert bench.runner.stats() == RunnerStats(running=1, waiting=1, kv_bytes=10)
     assert 0 in bench.runner
     assert 5 not in bench.runner
