@@ -50,20 +50,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def write_model(
-    folder: Path, architecture: str = "llama", *, quantized: bool = False, **changes: Any
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    quantized: bool = False,
+    seed: int = 7,
+    **changes: Any,
 ) -> Path:
     """A model folder with weights, config and a byte-level tokenizer; returns the folder."""
     config = ARCHITECTURES[architecture] | changes
-    write_weights(folder, config, quantized=quantized)
+    write_weights(folder, config, quantized=quantized, seed=seed)
     write_byte_level(folder)
     return folder
 
 
-def write_weights(folder: Path, config: dict[str, Any], *, quantized: bool = False) -> None:
+def write_weights(
+    folder: Path, config: dict[str, Any], *, quantized: bool = False, seed: int = 7
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model_class, args_class = _get_classes(config)
     # The process's generator is nobody's: a test's models are the same in every run.
-    mx.random.seed(7)
+    mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     if quantized:
         config = config | {"quantization": {"group_size": 32, "bits": 4}}

@@ -32,11 +32,11 @@ def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: boo
     model.set_dtype(dtype)
     caches = make_prompt_cache(model)
     model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-    per_token, windows, state = 0, [], 0
+    per_token, windows, states = 0, [], []
     for cache in _leaves(caches):
         keys = getattr(cache, "keys", None)
         if keys is None:
-            state += int(cache.nbytes)
+            states.append(int(cache.nbytes))
             continue
         bytes_per_token = (keys.nbytes + cache.values.nbytes) // keys.shape[2]
         window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
@@ -48,8 +48,9 @@ def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: boo
     return Footprint(
         kv_bytes_per_token=per_token,
         kv_windows=_merged(windows),
-        state_bytes=state,
-        activation_bytes_per_token=_activation_bytes(config, dtype.size),
+        state_bytes=sum(states),
+        # A recurrent layer's scan keeps a state for each token.
+        activation_bytes_per_token=_activation_bytes(config, dtype.size) + max(states, default=0),
         score_bytes=0 if fused else SCORE_COPIES * num_heads * dtype.size,
         logits_bytes=LOGITS_COPIES * _read(config, "vocab_size") * 4,
     )

@@ -65,23 +65,27 @@ def test_reading_a_footprint_allocates_nothing() -> None:
     assert mx.get_peak_memory() - before < 1_000_000
 
 
-def test_a_chunk_of_prefill_stays_within_its_footprint(tmp_path: Path) -> None:
-    """The peak of a prefill step is at most what batch_bytes reserves for it."""
-    changes = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 2048}
-    spec = ModelSpec("tiny", write_model(tmp_path / "llama", "llama", **changes))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(1, 60), (4, 300)])
+def test_a_batch_peaks_within_its_footprint(
+    architecture: str, num_rows: int, num_tokens: int, tmp_path: Path
+) -> None:
+    """The peak of prefill and decoding is at most what batch_bytes reserves for it."""
+    spec = ModelSpec("tiny", write_model(tmp_path / architecture, architecture))
     loader = MlxLoader(
-        max_batch_size=8, prefill_rows=8, prefill_step_tokens=256, default_layout=Layout.FLOAT32
+        max_batch_size=8, prefill_rows=8, prefill_step_tokens=512, default_layout=Layout.FLOAT32
     )
-    model = loader.load(spec, lambda _: None, lambda: False)
-    footprint = read_footprint(ARCHITECTURES["llama"] | changes, mx.float32, fused=False)
-    batch = model.new_runner()
-    for slot in range(4):
-        batch.add(slot, list(range(300)) * 2, GREEDY)
+    batch = loader.load(spec, lambda _: None, lambda: False).new_runner()
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
+    for slot in range(num_rows):
+        batch.add(slot, list(range(num_tokens)), GREEDY)
     for _ in range(8):
         batch.step()
     peak = mx.get_peak_memory() - before
     batch.close()
-    assert peak <= footprint.batch_bytes(4, 600 + 8, prefill_tokens=4 * 256)
+    promised = footprint_of(architecture).batch_bytes(
+        num_rows, num_tokens + 8, prefill_tokens=num_rows * num_tokens
+    )
+    assert peak <= promised
