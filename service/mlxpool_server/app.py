@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 # Prompts of one model that are prefilled together.
 PREFILL_ROWS = 8
+HEALTH_INTERVAL_S = 5.0
+# A step that takes longer is stuck. The first ones on a GPU compile kernels: 47 s have been seen.
+STUCK_STEP_S = 180.0
 # How long the engine may take for the step it is in when the server stops.
 ENGINE_STOP_S = 5.0
 # How long calls that are no generations (watchers, loads) may linger after the drain.
@@ -66,11 +69,11 @@ class App:
             max_batch_size=settings.max_batch_size,
             prefill_tokens=settings.prefill_step_tokens * _prefill_rows(settings),
         )
-        prompts = PromptReader(loader)
+        self._prompts = PromptReader(loader)
         self._generations = Generations(
             self._pool,
             self._engine,
-            prompts,
+            self._prompts,
             GenerationLimits(
                 max_in_flight=settings.max_batch_size + settings.max_queued_requests,
                 default_max_tokens=settings.default_max_tokens,
@@ -85,7 +88,7 @@ class App:
                 catalog=catalog,
                 pool=self._pool,
                 generations=self._generations,
-                prompts=prompts,
+                prompts=self._prompts,
                 limits=RequestLimits(settings.max_stop_sequences, settings.max_stop_sequence_chars),
                 device=device,
                 start_time=time.time(),
@@ -120,9 +123,19 @@ class App:
         return addresses
 
     async def run_until_stopped(self) -> int:
-        """Wait for `request_stop` or the engine's death; return the exit code."""
-        await self._stop_requested.wait()
-        return self._exit_code
+        """Wait for `request_stop` or the engine's death; return the exit code.
+
+        Meanwhile health says whether the engine gets on.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(HEALTH_INTERVAL_S):
+                    await self._stop_requested.wait()
+            except TimeoutError:
+                is_stuck = self._engine.step_age_s > STUCK_STEP_S
+                await self._health.set_serving(is_serving=not is_stuck)
+            else:
+                return self._exit_code
 
     def request_stop(self) -> None:
         self._stop_requested.set()
@@ -140,6 +153,7 @@ class App:
         error = DrainingError(retry_after_s=1.0)
         is_engine_stopped = await self._engine.stop(error, ENGINE_STOP_S)
         self._memory_service.close()
+        self._prompts.close()
         # Together: the server takes no new calls, and those that watch a load learn how it ended.
         _, is_pool_closed = await asyncio.gather(
             self._server.stop(CALLS_STOP_S), self._close_pool(error)

@@ -154,7 +154,7 @@ class LoadFinished:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """None leaves a setting as it is. keep_alive_s: 0 = unload when idle, math.inf = never."""
+    """pinned None leaves it as it is. keep_alive_s: None = the default, 0 = unload when idle."""
 
     pinned: bool | None = None
     keep_alive_s: float | None = None

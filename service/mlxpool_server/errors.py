@@ -25,13 +25,14 @@ class NotImplementedFieldError(MlxpoolError, NotImplementedError):
 
 
 class PromptTooLongError(MlxpoolError, ValueError):
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_tokens} tokens, the model's context {context_length}: "
-            "it leaves no room for an answer"
-        )
+    """`limit_tokens` is `what`: the model's context, which has to hold the answer too, or less."""
+
+    def __init__(
+        self, prompt_tokens: int, limit_tokens: int, what: str = "the model's context"
+    ) -> None:
+        super().__init__(f"the prompt has {prompt_tokens} tokens, {what} is {limit_tokens}")
         self.prompt_tokens = prompt_tokens
-        self.context_length = context_length
+        self.limit_tokens = limit_tokens
 
 
 class ModelNotFoundError(MlxpoolError, LookupError):
@@ -118,7 +119,7 @@ class GenerationFailedError(MlxpoolError):
 
 class QueueFullError(MlxpoolError):
     def __init__(self, queued: int, retry_after_s: float) -> None:
-        super().__init__(f"{queued} requests are waiting already")
+        super().__init__(f"{queued} requests are running or waiting already")
         self.queued = queued
         self.retry_after_s = retry_after_s
 

@@ -131,7 +131,7 @@ async def test_prompt_longer_than_the_context(server: Server) -> None:
     """PROMPT_TOO_LONG tells both figures; a prompt that leaves room for one token runs."""
     failure = await failure_of(server.models.Generate(text_request("x" * 1000)))
     assert (failure.code, failure.reason, failure.field) == (INVALID, "PROMPT_TOO_LONG", "prompt")
-    assert failure.metadata == {"promptTokens": "1000", "contextLength": "1000"}
+    assert failure.metadata == {"promptTokens": "1000", "limitTokens": "1000"}
     assert_contract(failure)
     events = await server.generate(text_request("x" * 999))
     assert events[-1].finished.finish_reason == pb.FINISH_REASON_CONTEXT_LENGTH

@@ -106,10 +106,11 @@ async def test_stalled_reader_that_hangs_up_frees_the_slot() -> None:
         while True:
             yield from b"x" * 4096
 
-    files = {"m": FakeFiles(model=FakeModel(script=wordy), context_length=2**31 - 1)}
+    files = {"m": FakeFiles(model=FakeModel(script=wordy), context_length=2**32)}
     async with running_server(files) as server:
         options = pb.OutputOptions(include_token_ids=True)
-        reader = server.reader(text_request(output=options))
+        stop = pb.StopConditions(max_tokens=2**31 - 1)
+        reader = server.reader(text_request(output=options, stop=stop))
         await reader.next()
         model = server.model
         await until(lambda: bool(model.batches) and model.batches[0].num_steps > 30_000)

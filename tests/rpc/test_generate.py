@@ -221,7 +221,8 @@ async def test_slow_reader_gets_everything_in_fewer_deltas() -> None:
     files = {"m": FakeFiles(context_length=100_000)}
     async with running_server(files) as server:
         options = pb.OutputOptions(include_token_ids=True)
-        reader = server.reader(text_request(text, output=options))
+        stop = pb.StopConditions(max_tokens=50_000)
+        reader = server.reader(text_request(text, output=options, stop=stop))
         events = [await reader.next()]
         # Not reading: flow control stops the server's writer, the engine goes on.
         model = server.model

@@ -66,7 +66,7 @@ class Fold(Generic[EventT, LastT]):
 
     def close(self) -> None:
         """Note that this side gave up; a stream that is over stays as it is."""
-        if not self._ended and self._failure is None:
+        if not self._ended and self._failure is None and self._last_event is None:
             self._failure = GenerationCancelledError(
                 "the stream was closed before its end", code=grpc.StatusCode.CANCELLED
             )

@@ -11,6 +11,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,9 @@ log = structlog.get_logger(__name__)
 
 # A model whose every step fails, a fresh batch each time, is given up.
 MAX_CONSECUTIVE_FAILURES = 3
+
+
+_Reply = tuple[asyncio.Future[None], Exception | None]
 
 
 @dataclass(slots=True)
@@ -70,14 +74,19 @@ class Engine:
         self._is_running = False
         self._slots = itertools.count()
         self._readers: dict[int, _Reader] = {}
+        self._ended = asyncio.Event()
         self._pending: dict[asyncio.Future[None], str] = {}
         # The engine thread's.
         self._lanes: dict[str, _Lane] = {}
         self._turns = Turns()
         self._outbox: list[tuple[int, StreamItem]] = []
-        self._replies: list[tuple[asyncio.Future[None], Exception | None]] = []
+        self._replies: list[_Reply] = []
+        # From the engine thread to the event loop, both at once.
+        self._mail: deque[tuple[list[tuple[int, StreamItem]], list[_Reply]]] = deque()
+        self._is_delivery_due = False
         # Written by the engine thread, frozen values, read by anyone.
         self._stats: dict[str, RunnerStats] = {}
+        self._step_started_at: float | None = None
         # A daemon, so that an engine stuck inside a step cannot keep a process from ending.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -98,10 +107,15 @@ class Engine:
         if self._thread.ident is None:
             return True
         self._inbox.put(Stop(error))
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        # Not by asyncio's own threads: they may all be stuck, as the engine may be.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._ended.wait()
+                # That was its last act.
+                self._thread.join()
         # Nobody is left but those whom a thread stuck in its step did not get to.
         self._end_everyone(lambda _model: error)
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     async def attach(self, name: str, model: LoadedModel) -> None:
         """Make `model` runnable as `name`. Raises: what building its batch raised."""
@@ -127,6 +141,12 @@ class Engine:
         if slot in self._readers and self.is_alive:
             self._inbox.put(Abort(slot, reason))
 
+    @property
+    def step_age_s(self) -> float:
+        """How long the step that runs now has been running; 0 between steps."""
+        started_at = self._step_started_at
+        return 0.0 if started_at is None else self._clock() - started_at
+
     def stats(self, name: str) -> RunnerStats:
         """What the model was doing at its last step."""
         return self._stats.get(name, RunnerStats())
@@ -145,20 +165,23 @@ class Engine:
         if not self.is_alive:
             raise GenerationFailedError(name)
 
-    def _deliver(
-        self,
-        items: list[tuple[int, StreamItem]],
-        replies: list[tuple[asyncio.Future[None], Exception | None]],
-    ) -> None:
-        for slot, item in items:
-            reader = self._readers.get(slot)
-            if reader is None:
-                continue
-            reader.stream.put(item)
-            if isinstance(item, GenerationFinished | MlxpoolError):
-                del self._readers[slot]
-        for done, error in replies:
-            _settle(done, error)
+    def _deliver(self) -> None:
+        """Hand out what the engine has posted so far; more may come while this runs."""
+        self._is_delivery_due = False
+        for _ in range(len(self._mail)):
+            items, replies = self._mail.popleft()
+            for slot, item in items:
+                self._deliver_item(slot, item)
+            for done, error in replies:
+                _settle(done, error)
+
+    def _deliver_item(self, slot: int, item: StreamItem) -> None:
+        reader = self._readers.get(slot)
+        if reader is None:
+            return
+        reader.stream.put(item)
+        if isinstance(item, GenerationFinished | MlxpoolError):
+            del self._readers[slot]
 
     def _mourn(self) -> None:
         """The thread died: nobody may go on waiting for it."""
@@ -183,6 +206,8 @@ class Engine:
         except BaseException:  # the engine's edge: log, tell, end
             log.exception("engine.died")
             self._call_loop(self._mourn)
+        finally:
+            self._call_loop(self._ended.set)
 
     def _take_messages(self) -> bool:
         """Handle what is in the inbox; wait for something when idle. False: stop."""
@@ -257,13 +282,14 @@ class Engine:
         if name is None:
             return
         lane = self._lanes[name]
-        started_at = self._clock()
+        started_at = self._step_started_at = self._clock()
         if self._guard(name, lane, lane.runner.admit):
             # Who waits for a long step knows by then that it has begun.
             self._flush()
             if self._guard(name, lane, lane.runner.step):
                 lane.consecutive_failures = 0
         self._turns.spend(name, self._clock() - started_at)
+        self._step_started_at = None
 
     def _guard(self, name: str, lane: _Lane, action: Callable[[], None]) -> bool:
         """A failure inside a model's batch ends that model's streams, and nothing else."""
@@ -310,9 +336,12 @@ class Engine:
 
     def _flush(self) -> None:
         if self._outbox or self._replies:
-            items, self._outbox = self._outbox, []
-            replies, self._replies = self._replies, []
-            self._call_loop(self._deliver, items, replies)
+            self._mail.append((self._outbox, self._replies))
+            self._outbox, self._replies = [], []
+            # One call at a time: an engine faster than the loop must not fill the loop's queue.
+            if not self._is_delivery_due:
+                self._is_delivery_due = True
+                self._call_loop(self._deliver)
 
     def _call_loop(self, callback: Callable[..., None], *args: object) -> None:
         # A closed loop has nobody left who waits.

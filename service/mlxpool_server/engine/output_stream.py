@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from mlxpool_server.domain import (
     GenerationDelta,
@@ -21,7 +21,9 @@ StreamItem = StreamEvent | MlxpoolError
 class OutputStream:
     """Event loop only. A slow reader gets fewer, larger deltas: memory is bounded by the output."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """`on_end` is called when the generation has ended, whether or not that was read."""
+        self._on_end = on_end
         self._progress: GenerationProgress | None = None
         self._latest = GenerationProgress(GenerationPhase.QUEUED)
         self._text: list[str] = []
@@ -45,6 +47,7 @@ class OutputStream:
                 self._latest = GenerationProgress(GenerationPhase.DECODING)
             case GenerationFinished() | MlxpoolError():
                 self._end = item
+                self._on_end()
         self._wake.set()
 
     async def events(self, heartbeat_s: float) -> AsyncGenerator[StreamEvent, None]:

@@ -16,6 +16,8 @@ HIDDEN_COPIES = 8
 INTERMEDIATE_COPIES = 4
 SCORE_COPIES = 2
 LOGITS_COPIES = 4
+# No model has so many; building a million, even lazily, would take minutes.
+MAX_LAYERS = 1000
 
 
 def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: bool) -> Footprint:
@@ -25,6 +27,8 @@ def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: boo
     to memory (Metal and CUDA; the CPU writes them).
     Raises: what the model's code raises on a config it cannot take.
     """
+    if _read(config, "num_hidden_layers") > MAX_LAYERS:
+        raise ValueError(f"more than {MAX_LAYERS} layers")
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     if dtype is None:

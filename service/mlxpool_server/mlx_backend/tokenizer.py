@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
     SPMStreamingDetokenizer,
@@ -69,7 +68,9 @@ class MlxTokenizer:
         fast = getattr(self._wrapper, "backend_tokenizer", None)
         if fast is not None:
             # transformers' own encode sets padding on shared state, and fails on two threads.
-            return tuple(fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            # A batch of one: encode() keeps the interpreter to itself for as long as it takes.
+            (encoding,) = fast.encode_batch([text], add_special_tokens=add_special_tokens)
+            return tuple(encoding.ids)
         with self._lock:
             return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
 
@@ -81,7 +82,7 @@ class MlxTokenizer:
             rendered = self._wrapper.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise InvalidFieldError(
                 "prompt.chat.messages", f"the model's template refuses them: {error}"
             ) from error

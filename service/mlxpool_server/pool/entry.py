@@ -17,7 +17,12 @@ class Entry:
     def __init__(self, spec: ModelSpec, default_keep_alive_s: float) -> None:
         self.spec = spec
         self.is_pinned = spec.pinned
-        self.keep_alive_s = default_keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
+        self.default_keep_alive_s = (
+            default_keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
+        )
+        # What LoadModel set, and what the last request wants for the idle time after it.
+        self.keep_alive_s = self.default_keep_alive_s
+        self.next_keep_alive_s: float | None = None
         self.residency: Residency | None = None
         # What its files said when they were last read.
         self.info: ModelInfo | None = None
@@ -45,7 +50,11 @@ class Entry:
 
     @property
     def expires_when_idle(self) -> bool:
-        return not self.is_pinned and not math.isinf(self.keep_alive_s)
+        return not self.is_pinned and not math.isinf(self.idle_limit_s)
+
+    @property
+    def idle_limit_s(self) -> float:
+        return self.keep_alive_s if self.next_keep_alive_s is None else self.next_keep_alive_s
 
     def become_ready(self) -> None:
         self.used_at = time.monotonic()
@@ -57,7 +66,7 @@ class Entry:
     def set_expiry(self, handle: asyncio.TimerHandle) -> None:
         self.clear_expiry()
         self._expiry = handle
-        self.expire_time = time.time() + self.keep_alive_s
+        self.expire_time = time.time() + self.idle_limit_s
 
     def clear_expiry(self) -> None:
         if self._expiry is not None:

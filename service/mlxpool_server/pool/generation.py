@@ -156,18 +156,21 @@ class Generations:
             generation.generation_id, name, admitted.revision, admitted.sampling.seed or 0
         )
         load_started_at = time.monotonic()
-        async with aclosing(lease.loading(partial(self._patience_s, generation))) as loading:
-            async for load in loading:
-                if generation.ended_early() is not None:
-                    break
-                yield GenerationProgress(GenerationPhase.LOADING, load=load)
+        if generation.ended_early() is None:
+            async with aclosing(lease.loading(partial(self._patience_s, generation))) as loading:
+                async for load in loading:
+                    if generation.ended_early() is not None:
+                        break
+                    yield GenerationProgress(GenerationPhase.LOADING, load=load)
         load_s = time.monotonic() - load_started_at
         reason = generation.ended_early()
         if reason is not None:
             yield _finished_unrun(generation, len(admitted.prompt), load_s, reason)
             return
-        # Known by now, a hub model's too.
+        # Known by now, a hub model's too; another one, if its files were replaced.
         info = await self._pool.info(name)
+        check_token_ids("prompt", admitted.prompt, info.vocab_size)
+        check_token_ids("sampling.logit_bias", admitted.sampling.logit_bias, info.vocab_size)
         sequence = self._sequence(request, generation, admitted, info, load_s)
         async with aclosing(self._generate(generation, sequence, info)) as events:
             async for event in events:
@@ -193,7 +196,8 @@ class Generations:
                 prompt_tokens = len(sequence.prompt)
                 yield _finished_unrun(generation, prompt_tokens, sequence.load_s, reason)
                 return
-            stream = OutputStream()
+            # A reader may take its time: what the generation held is free when it ends.
+            stream = OutputStream(on_end=partial(self._give_back, generation, reservation))
             generation.slot = self._engine.submit(sequence, stream)
             async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
                 async for event in events:
@@ -202,7 +206,11 @@ class Generations:
             # GeneratorExit arrives here when a send blocks, so abort in `finally`; before the
             # bytes are given to others, who come behind it in the engine's inbox.
             self._abort(generation)
-            reservations.give_back(reservation)
+            self._give_back(generation, reservation)
+
+    def _give_back(self, generation: _InFlight, reservation: Reservation) -> None:
+        self._pool.reservations.give_back(reservation)
+        generation.lease.give_back()
 
     def _patience_s(self, generation: _InFlight) -> float:
         return generation.patience_s(self._limits.heartbeat_s)
@@ -216,8 +224,10 @@ class Generations:
             raise QueueFullError(lease.num_in_flight - 1, RETRY_AFTER_S)
         tokenizer = await self._prompts.tokenizer(spec)
         prompt = await self._prompts.read(spec, request.prompt)
-        check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer)
-        check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer)
+        check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocab_size)
+        check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer.vocab_size)
+        # A tokenizer may know more tokens than the model: an id too large crashes the process.
+        check_token_ids("prompt", prompt.token_ids, tokenizer.vocab_size)
         info = await self._pool.find_info(spec.name)
         if info is not None:
             prompt_tokens = len(prompt.token_ids)
@@ -225,8 +235,7 @@ class Generations:
             self._pool.check_fits(
                 Reservation(spec.name, info.footprint, prompt_tokens + max_tokens, prompt_tokens)
             )
-        if request.keep_alive_s is not None:
-            self._pool.set_keep_alive(spec.name, request.keep_alive_s)
+        self._pool.set_next_keep_alive(spec.name, request.keep_alive_s)
         return _Admitted(
             prompt=prompt.token_ids,
             tokenizer=tokenizer,
@@ -272,7 +281,7 @@ class Generations:
         """
         limit = self._limits.max_prompt_tokens
         if limit is not None and prompt_tokens > limit:
-            raise PromptTooLongError(prompt_tokens, limit)
+            raise PromptTooLongError(prompt_tokens, limit, "this server's limit")
         room = info.context_length - prompt_tokens
         if room < 1:
             raise PromptTooLongError(prompt_tokens, info.context_length)

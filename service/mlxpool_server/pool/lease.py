@@ -22,8 +22,10 @@ class Lease:
         self._pool = pool
         self._entry = entry
         self._residency: Residency | None = None
+        self._is_held = False
 
     def __enter__(self) -> Self:
+        self._is_held = True
         self._entry.num_leases += 1
         self._entry.touch()
         self._entry.clear_expiry()
@@ -38,6 +40,13 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Before the `with` block ends, when the model is not needed any more."""
+        if not self._is_held:
+            return
+        self._is_held = False
         self._entry.num_leases -= 1
         self._entry.touch()
         if self._residency is not None:

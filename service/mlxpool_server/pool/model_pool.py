@@ -155,10 +155,15 @@ class ModelPool:
         residency = entry.residency or self.start_load(
             entry, allow_eviction=not options.disallow_eviction
         )
+        was_pinned = entry.is_pinned
         self._apply(entry, options)
-        async with aclosing(watch(residency, lambda: self._heartbeat_s)) as progress:
-            async for change in progress:
-                yield change
+        try:
+            async with aclosing(watch(residency, lambda: self._heartbeat_s)) as progress:
+                async for change in progress:
+                    yield change
+        except MlxpoolError:
+            entry.is_pinned = was_pinned
+            raise
         yield LoadFinished(
             model=await self._status(entry),
             already_loaded=is_loaded,
@@ -191,9 +196,11 @@ class ModelPool:
         """
         return await self._eviction.set_limit(limit_bytes)
 
-    def set_keep_alive(self, name: str, keep_alive_s: float) -> None:
-        """From now on; 0 unloads the model when it becomes idle."""
-        self._apply(self._entry(name), LoadOptions(keep_alive_s=keep_alive_s))
+    def set_next_keep_alive(self, name: str, keep_alive_s: float | None) -> None:
+        """For the idle time after this request; 0 unloads then, None is what LoadModel set."""
+        entry = self._entry(name)
+        entry.next_keep_alive_s = keep_alive_s
+        self._unloads.schedule_expiry(entry)
 
     def preload(self) -> None:
         """Start loading what the catalogue marks so; failures are logged, not raised."""
@@ -234,8 +241,10 @@ class ModelPool:
     def _apply(self, entry: Entry, options: LoadOptions) -> None:
         if options.pinned is not None:
             entry.is_pinned = options.pinned
-        if options.keep_alive_s is not None:
-            entry.keep_alive_s = options.keep_alive_s
+        # As the contract says: unset is the default, not what an earlier call set.
+        standing = options.keep_alive_s
+        entry.keep_alive_s = entry.default_keep_alive_s if standing is None else standing
+        entry.next_keep_alive_s = None
         self._unloads.schedule_expiry(entry)
 
     async def _foresee(self, entry: Entry, *, allow_eviction: bool) -> tuple[str, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 from mlxpool_server.domain import (
     ChatPrompt,
@@ -18,12 +21,23 @@ from mlxpool_server.errors import CapabilityMissingError, InvalidFieldError
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
 from mlxpool_server.pool.tokenizers import Tokenizers
 
+T = TypeVar("T")
+
+
+# A template that never ends keeps its thread; only other prompts wait behind it.
+MAX_THREADS = 4
+
 
 class PromptReader:
-    """Event loop only; templates and tokenizers run on worker threads. Loads no weights."""
+    """Event loop only; templates and tokenizers run on threads of their own. Loads no weights."""
 
     def __init__(self, loader: ModelLoader) -> None:
         self._tokenizers = Tokenizers(loader)
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="prompts")
+
+    def close(self) -> None:
+        """Wait for nobody: a template may never end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
@@ -32,7 +46,7 @@ class PromptReader:
     async def read(self, spec: ModelSpec, prompt: Prompt) -> RenderedPrompt:
         """Raises: InvalidFieldError, CapabilityMissingError, LoadFailedError."""
         tokenizer = await self._tokenizers.get(spec)
-        return await asyncio.to_thread(_read, spec.name, tokenizer, prompt)
+        return await self._on_thread(partial(_read, spec.name, tokenizer, prompt))
 
     async def tokenize(
         self, spec: ModelSpec, prompt: Prompt, *, include_pieces: bool
@@ -42,19 +56,18 @@ class PromptReader:
         rendered = await self.read(spec, prompt)
         pieces: tuple[bytes, ...] = ()
         if include_pieces:
-            pieces = await asyncio.to_thread(
-                lambda: tuple(map(tokenizer.piece, rendered.token_ids))
-            )
+            pieces = await self._on_thread(lambda: tuple(map(tokenizer.piece, rendered.token_ids)))
         return Tokenization(rendered.token_ids, pieces, rendered.text)
 
+    async def _on_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-def check_token_ids(field: str, token_ids: Iterable[int], tokenizer: Tokenizer) -> None:
+
+def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
     """Raises: InvalidFieldError on the first id outside the vocabulary."""
     for token_id in token_ids:
-        if not 0 <= token_id < tokenizer.vocab_size:
-            raise InvalidFieldError(
-                field, f"token id {token_id} is outside 0 to {tokenizer.vocab_size - 1}"
-            )
+        if not 0 <= token_id < vocab_size:
+            raise InvalidFieldError(field, f"token id {token_id} is outside 0 to {vocab_size - 1}")
 
 
 def _read(model: str, tokenizer: Tokenizer, prompt: Prompt) -> RenderedPrompt:
@@ -68,7 +81,7 @@ def _read(model: str, tokenizer: Tokenizer, prompt: Prompt) -> RenderedPrompt:
             # The template writes the special tokens itself.
             rendered = RenderedPrompt(tokenizer.encode(text, add_special_tokens=False), text)
         case TokenPrompt(token_ids):
-            check_token_ids("prompt.tokens.ids", token_ids, tokenizer)
+            check_token_ids("prompt.tokens.ids", token_ids, tokenizer.vocab_size)
             rendered = RenderedPrompt(token_ids, "")
     if not rendered.token_ids:
         raise InvalidFieldError("prompt", "has no tokens")

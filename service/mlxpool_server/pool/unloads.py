@@ -8,7 +8,7 @@ import structlog
 
 from mlxpool_server.domain import ModelState
 from mlxpool_server.engine.engine import Engine
-from mlxpool_server.errors import GenerationFailedError, MlxpoolError, ModelUnloadedError
+from mlxpool_server.errors import MlxpoolError, ModelUnloadedError
 from mlxpool_server.pool.backend import DeviceMemory
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.ledger import Ledger
@@ -69,14 +69,14 @@ class Unloads:
         entry.clear_expiry()
         if entry.is_idle and entry.expires_when_idle:
             loop = asyncio.get_running_loop()
-            entry.set_expiry(loop.call_later(entry.keep_alive_s, self._expire, entry))
+            entry.set_expiry(loop.call_later(entry.idle_limit_s, self._expire, entry))
 
     async def _drain_and_free(self, entry: Entry, residency: Residency) -> None:
         name = entry.spec.name
         await residency.drained(self._heartbeat_s)
         try:
             await self._engine.detach(name, residency.error or ModelUnloadedError(name))
-        except GenerationFailedError:
+        except MlxpoolError:
             log.warning("model.not_detached", model=name, reason="the engine does not run")
         residency.model = None
         await self.free(entry, residency)

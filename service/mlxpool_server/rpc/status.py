@@ -61,7 +61,7 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
                 [_bad_request("prompt", message)],
                 {
                     "promptTokens": str(error.prompt_tokens),
-                    "contextLength": str(error.context_length),
+                    "limitTokens": str(error.limit_tokens),
                 },
             )
         case errors.NotImplementedFieldError(field=path):

@@ -140,3 +140,12 @@ async def test_an_unload_stops_the_timer(house: House) -> None:
     assert _pending(house) == []
     await house.load()
     assert len(_pending(house)) == 1
+
+
+async def test_a_request_speaks_for_the_idle_time_after_it_alone(house: House) -> None:
+    """A request's keep_alive does not outlast the next request."""
+    await house.load(keep_alive_s=60.0)
+    await house.answer(keep_alive_s=1.0)
+    assert house.timers[-1].delay_s == 1.0
+    await house.answer()
+    assert house.timers[-1].delay_s == 60.0

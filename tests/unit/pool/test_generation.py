@@ -202,7 +202,7 @@ async def test_a_prompt_over_the_servers_own_limit() -> None:
         assert await house.answer("abc") == "abc"
         with pytest.raises(PromptTooLongError) as refusal:
             await house.generate("abcd").started()
-        assert (refusal.value.prompt_tokens, refusal.value.context_length) == (4, 3)
+        assert (refusal.value.prompt_tokens, refusal.value.limit_tokens) == (4, 3)
 
 
 async def test_require_loaded(house: House) -> None:
@@ -573,3 +573,30 @@ async def test_a_request_under_a_dead_engine(house: House) -> None:
     await house.engine.stop(DrainingError(1.0), PATIENCE_S)
     with pytest.raises(GenerationFailedError):
         await house.generate().finished()
+
+
+async def test_text_with_tokens_the_model_does_not_have() -> None:
+    """A tokenizer may know more tokens than the model: such a prompt is refused, not run."""
+    files = FakeFiles()
+    files.tokenizer.vocab_size = 98
+    async with running_house({"m": files}) as house:
+        with pytest.raises(InvalidFieldError, match="token id 98"):
+            await house.generate("ab").started()
+        assert await house.answer("a") == "a"
+
+
+async def test_what_is_not_read_holds_nothing(house: House) -> None:
+    """A generation that has ended gives back its lease though nobody reads its end."""
+    await house.load()
+    stream = house.generate("ab" * 20)
+    await stream.until(GenerationProgress)
+    # An unload waits for leases.
+    assert (await house.unload()).was_loaded
+    assert (await stream.finished()).text == "ab" * 20
+
+
+async def test_what_ended_before_its_load_starts_none(house: House) -> None:
+    """A time limit that has passed by then brings no model in."""
+    finished = await house.generate(stop=StopConditions(max_duration_s=1e-9)).finished()
+    assert finished.finish_reason is FinishReason.TIME_LIMIT
+    assert house.files["m"].num_loads == 0

@@ -443,14 +443,23 @@ async def test_a_load_that_fails_while_it_is_stopped(house: House) -> None:
 
 
 async def test_a_load_updates_settings(house: House) -> None:
-    """Pinned and keep_alive are taken over on a loaded model too; unset leaves them alone."""
+    """On a loaded model too; unset leaves pinned alone and keep_alive at its default."""
     house.files["m"].may_load.set()
     await house.load(pinned=True, keep_alive_s=5.0)
     assert (house.entry().is_pinned, house.entry().keep_alive_s) == (True, 5.0)
     await house.load()
-    assert (house.entry().is_pinned, house.entry().keep_alive_s) == (True, 5.0)
+    assert (house.entry().is_pinned, house.entry().keep_alive_s) == (True, 300.0)
     await house.load(pinned=False)
-    assert (house.entry().is_pinned, house.entry().keep_alive_s) == (False, 5.0)
+    assert (house.entry().is_pinned, house.entry().keep_alive_s) == (False, 300.0)
+
+
+async def test_a_failed_load_pins_nothing(house: House) -> None:
+    """A pin that came with a load that failed is undone."""
+    house.files["m"].load_error = LoadFailedError("m", "corrupt")
+    house.files["m"].may_load.set()
+    with pytest.raises(LoadFailedError):
+        await house.load(pinned=True)
+    assert not house.entry().is_pinned
 
 
 async def test_preload_starts_what_is_marked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -52,6 +53,10 @@ NamesModel: TypeAlias = (
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100
 MAX_STOP_TOKEN_IDS = 256
+# A template takes far fewer; a million would keep the event loop busy for seconds.
+MAX_MESSAGES = 4096
+MAX_CONTENT_PARTS = 4096
+MAX_ENUM_VALUES = 16
 MAX_GENERATION_ID_CHARS = 128
 WATCH_INTERVAL_S = (0.1, 1.0, 60.0)
 
@@ -106,6 +111,7 @@ def model_name(request: NamesModel) -> str:
 
 def states(request: pb.ListModelsRequest) -> frozenset[ModelState]:
     """Which states to list; every one when the caller names none."""
+    _check_count(request.states, MAX_ENUM_VALUES, "states")
     named = (choice(state, STATES, "states") for state in request.states)
     return frozenset(named) or frozenset(ModelState)
 
@@ -143,6 +149,7 @@ def cache_kinds(request: memory_pb.ClearCacheRequest) -> frozenset[int]:
         memory_pb.CACHE_KIND_BUFFERS: memory_pb.CACHE_KIND_BUFFERS,
         memory_pb.CACHE_KIND_PROMPTS: memory_pb.CACHE_KIND_PROMPTS,
     }
+    _check_count(request.kinds, MAX_ENUM_VALUES, "kinds")
     kinds = frozenset(choice(kind, known, "kinds") for kind in request.kinds)
     return kinds or frozenset({memory_pb.CACHE_KIND_BUFFERS})
 
@@ -160,6 +167,11 @@ def _model(name: str) -> str:
     return name
 
 
+def _check_count(values: Sized, most: int, path: str) -> None:
+    if len(values) > most:
+        raise InvalidFieldError(path, f"has {len(values)} entries; at most {most} are allowed")
+
+
 def _keep_alive(request: pb.GenerateRequest | pb.LoadModelRequest) -> float | None:
     return seconds(request.keep_alive, "keep_alive") if request.HasField("keep_alive") else None
 
@@ -174,6 +186,11 @@ def _chat(chat: pb.ChatPrompt) -> ChatPrompt:
         "continue_final_message",
         "template_kwargs",
     )
+    _check_count(chat.messages, MAX_MESSAGES, "prompt.chat.messages")
+    if sum(len(message.content) for message in chat.messages) > MAX_CONTENT_PARTS:
+        raise InvalidFieldError(
+            "prompt.chat.messages", f"have more than {MAX_CONTENT_PARTS} content parts together"
+        )
     if not chat.messages:
         raise InvalidFieldError("prompt.chat.messages", "is empty")
     return ChatPrompt(

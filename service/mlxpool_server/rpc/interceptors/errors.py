@@ -31,5 +31,6 @@ async def errors_to_status(method: str, context: Context) -> AsyncGenerator[None
 
 
 async def _abort(context: Context, status: RpcStatus) -> None:
-    call_log.add(status=status.code.name, reason=status.reason, message=status.message)
+    # Not the message: a template's own words may quote the prompt.
+    call_log.add(status=status.code.name, reason=status.reason)
     await context.abort(status.code, status.message, status.trailing_metadata())
