@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +26,6 @@ from mlxpool_server.pool.unloads import Unloads
 
 log = structlog.get_logger(__name__)
 
-LOADER_NICENESS = 10
 
 MAX_DOWNLOADS = 4
 
@@ -50,9 +46,7 @@ class Loads:
         self._eviction = eviction
         self._unloads = unloads
         self._tasks = tasks
-        self._reader = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="loader", initializer=_step_back
-        )
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         # Apart, so that a download keeps nobody from being loaded, or from being refused.
         self._fetcher = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="fetcher")
         self._refusal: MlxpoolError | None = None
@@ -188,12 +182,3 @@ def _threadsafe_report(residency: Residency) -> Callable[[LoadProgress], None]:
         loop.call_soon_threadsafe(residency.report, progress)
 
     return report
-
-
-def _step_back() -> None:
-    """Let streams go first: a load takes the processor time that they leave.
-
-    On Linux a thread has a niceness of its own, and those it starts, MLX's among them, inherit it.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
