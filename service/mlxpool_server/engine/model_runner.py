@@ -72,7 +72,18 @@ class ModelRunner:
     def admit(self) -> None:
         """End whose time is up, and take who waits into the batch. Raises: as `step`."""
         self._expire()
-        self._admit()
+        admitted = self._scheduler.admit()
+        for sequence in admitted:
+            try:
+                self._batch.add(sequence.slot, sequence.request.prompt, sequence.request.sampling)
+            except Exception:  # it never joined the batch, so it fails alone
+                log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
+                self._emit(sequence.slot, GenerationFailedError(self._name))
+                self._scheduler.remove([sequence])
+            else:
+                self._tell_prefill(sequence.slot, 0)
+        if admitted:
+            self._tell_queue()
 
     def step(self) -> None:
         """Advance every running sequence. Raises: whatever the backend raises."""
@@ -118,20 +129,6 @@ class ModelRunner:
         for sequence in expired:
             self._fold(sequence, partial(sequence.finish, FinishReason.TIME_LIMIT))
         self._remove(expired)
-
-    def _admit(self) -> None:
-        admitted = self._scheduler.admit()
-        for sequence in admitted:
-            try:
-                self._batch.add(sequence.slot, sequence.request.prompt, sequence.request.sampling)
-            except Exception:  # it never joined the batch, so it fails alone
-                log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
-                self._emit(sequence.slot, GenerationFailedError(self._name))
-                self._scheduler.remove([sequence])
-            else:
-                self._tell_prefill(sequence.slot, 0)
-        if admitted:
-            self._tell_queue()
 
     def _take(self, sequence: Sequence, token_id: int) -> bool:
         """Take one token in; True when that ended the sequence."""

@@ -48,9 +48,6 @@ class Reservations:
         self._prefill_tokens = prefill_tokens
         self._uses: dict[str, _ModelUse] = {}
 
-    def held_by(self, model: str) -> int:
-        return self._ledger.held_by(self._uses.get(model))
-
     def check_possible(self, wanted: Reservation, weights_bytes: int) -> None:
         """Raises: PoolMemoryLimitError when it would not fit into an otherwise empty pool."""
         required = weights_bytes + self._bytes([wanted])
