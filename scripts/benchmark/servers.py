@@ -1,0 +1,231 @@
+"""The targets as processes: started, found, and always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmark.clients import Endpoint
+from mlxpool_server.mlx_backend.cpu_quota import usable_cpus
+from mlxpool_server.mlx_backend.openblas import OpenBlas, default_threads, load_openblas
+
+Found = TypeVar("Found")
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 10.0
+POLL_S = 0.05
+MAX_BATCH_SIZE = 64
+MAX_QUEUED = 1024
+LOG_TAIL_CHARS = 2000
+SMG_VERSION = "0.14.1"
+PEER_PREFILL_STEP_TOKENS = 2048
+MLXPOOL_PREFILL_STEP_TOKENS = 512
+
+
+class TargetError(Exception):
+    """A target cannot be run; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    models: dict[str, str]
+    layout: str
+    # More of mlxpool's own flags.
+    mlxpool_flags: tuple[str, ...]
+    # Where the smg peer is installed; None where it cannot be.
+    smg_python: Path | None
+    logs: Path
+
+
+@contextmanager
+def running(target: str, settings: Settings) -> Iterator[Endpoint]:
+    """Raises: TargetError when it does not come up."""
+    start = {"mlxpool": _mlxpool, "mlx_lm": _mlx_lm, "smg": _smg, "loop": _loop}[target]
+    with start(settings) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def _mlxpool(settings: Settings) -> Iterator[Endpoint]:
+    command = [sys.executable, "-m", "mlxpool_server", "--listen", "127.0.0.1:0"]
+    command += ["--log-format", "json", "--default-layout", settings.layout]
+    command += ["--max-batch-size", str(MAX_BATCH_SIZE), "--max-queued-requests", str(MAX_QUEUED)]
+    for name, folder in settings.models.items():
+        command += ["--model", f"{name}={folder}"]
+    command += settings.mlxpool_flags
+    with _process("mlxpool", command, os.environ, settings.logs) as (process, log):
+        address = _wait_for(process, log, lambda: _listening_address(log))
+        yield Endpoint(
+            "mlxpool", address, process.pid, settings.models, MLXPOOL_PREFILL_STEP_TOKENS
+        )
+
+
+@contextmanager
+def _mlx_lm(settings: Settings) -> Iterator[Endpoint]:
+    port = free_port()
+    command = [sys.executable, "-m", "mlx_lm", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--model", settings.models["a"], "--log-level", "ERROR"]
+    command += ["--decode-concurrency", str(MAX_BATCH_SIZE)]
+    with _process("mlx_lm", command, peer_environment(), settings.logs) as (process, log):
+        _wait_for(process, log, lambda: _accepts(port))
+        yield _peer("mlx_lm", port, process.pid, settings)
+
+
+@contextmanager
+def _smg(settings: Settings) -> Iterator[Endpoint]:
+    if settings.smg_python is None:
+        raise TargetError("smg is not installed")
+    port = free_port()
+    command = [str(settings.smg_python), "-m", "smg_grpc_servicer.mlx.server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--model", settings.models["a"]]
+    command += ["--completion-batch-size", str(MAX_BATCH_SIZE)]
+    with _process("smg", command, peer_environment(), settings.logs) as (process, log):
+        _wait_for(process, log, lambda: _accepts(port))
+        yield _peer("smg", port, process.pid, settings)
+
+
+@contextmanager
+def _loop(settings: Settings) -> Iterator[Endpoint]:
+    yield Endpoint("loop", "", 0, {"a": settings.models["a"]}, PEER_PREFILL_STEP_TOKENS)
+
+
+def _peer(target: str, port: int, pid: int, settings: Settings) -> Endpoint:
+    models = {"a": settings.models["a"]}
+    return Endpoint(target, f"127.0.0.1:{port}", pid, models, PEER_PREFILL_STEP_TOKENS)
+
+
+def peer_environment() -> dict[str, str]:
+    """With mlxpool's OpenBLAS and its number of threads, which the peers would not have."""
+    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1"}
+    blas = openblas()
+    if blas and blas.path:
+        environment["LD_PRELOAD"] = str(blas.path)
+        environment.setdefault("OPENBLAS_NUM_THREADS", str(default_threads(usable_cpus())))
+    return environment
+
+
+def openblas() -> OpenBlas | None:
+    """What mlxpool loads on this machine. This process must not import mlx."""
+    return load_openblas()
+
+
+def install_smg(root: Path, report: Callable[[str], None]) -> Path:
+    """Return the interpreter of an environment with the peer in it, made once.
+
+    Raises: TargetError when it cannot be installed.
+    """
+    folder = root / ".tools" / f"bench-smg-{SMG_VERSION}"
+    python = folder / "bin" / "python"
+    stamp = folder / "installed"
+    if stamp.exists():
+        return python
+    report(f"installing smg-grpc-servicer {SMG_VERSION} into {folder.relative_to(root)}, once")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--retries", "1"]
+    pip += [
+        "--disable-pip-version-check",
+        f"smg-grpc-servicer[mlx]=={SMG_VERSION}",
+        _mlx_requirement(),
+    ]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run(pip, check=True, capture_output=True, text=True, timeout=1800)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        raise TargetError(f"smg-grpc-servicer cannot be installed: {said[-1]}") from error
+    stamp.touch()
+    return python
+
+
+def installed_versions(python: Path) -> str:
+    """All packages of an environment, one a line."""
+    pip = [str(python), "-m", "pip", "freeze", "--disable-pip-version-check"]
+    return subprocess.run(
+        pip, check=False, capture_output=True, text=True, timeout=START_TIMEOUT_S
+    ).stdout
+
+
+def _mlx_requirement() -> str:
+    """The version that mlxpool runs on."""
+    from importlib.metadata import version  # noqa: PLC0415
+
+    if not sys.platform.startswith("linux"):
+        return f"mlx=={version('mlx')}"
+    build = "cuda13" if shutil.which("nvidia-smi") else "cpu"
+    return f"mlx[{build}]=={version('mlx')}"
+
+
+def free_port() -> int:
+    """For servers that do not say which port the kernel gave them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _process(
+    name: str, command: list[str], environment: dict[str, str] | os._Environ[str], logs: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield process, log
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Not gently: nobody is served any more, and some need a minute to drain."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(STOP_TIMEOUT_S)
+
+
+def _wait_for(
+    process: subprocess.Popen[bytes], log: Path, find: Callable[[], Found | None]
+) -> Found:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        if found := find():
+            return found
+        time.sleep(POLL_S)
+    state = f"ended with {process.returncode}" if process.returncode is not None else "is silent"
+    tail = log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
+    raise TargetError(f"{log.stem} {state}; its log ends with:\n{tail}")
+
+
+def _listening_address(log: Path) -> str | None:
+    for line in log.read_text(errors="replace").splitlines():
+        if '"server.listening"' in line:
+            return str(json.loads(line)["addresses"][0])
+    return None
+
+
+def _accepts(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
