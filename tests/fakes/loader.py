@@ -24,6 +24,7 @@ class FakeFiles:
     """One model's files. `may_load` cleared: its load waits, at half its bytes, until it is set."""
 
     estimated_bytes: int = 100
+    warm_up_bytes: int = 0
     context_length: int = 1000
     footprint: Footprint = field(default_factory=Footprint)
     model: FakeModel = field(default_factory=FakeModel)
@@ -78,6 +79,7 @@ class FakeLoader:
             vocab_size=VOCAB_SIZE,
             estimated_bytes=files.estimated_bytes,
             footprint=files.footprint,
+            warm_up_bytes=files.warm_up_bytes,
             revision="r1",
             capabilities=frozenset({Capability.CHAT}),
         )

@@ -62,6 +62,7 @@ class FakeBatch:
     def __init__(self, model: FakeModel) -> None:
         self.model = model
         self.is_closed = False
+        self.prompt_cache_limit_bytes = 0
         self.slots: dict[int, Iterator[int]] = {}
         self.prompts: dict[int, Sequence[int]] = {}
         self.samplings: dict[int, SamplingParams] = {}
@@ -100,6 +101,16 @@ class FakeBatch:
             (slot, next(script)) for slot, script in self.slots.items() if slot not in fresh
         )
         return StepOutput(tokens=tokens, prefilled=prefilled)
+
+    def settle(self) -> None:
+        """Nothing runs ahead here."""
+
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        self.prompt_cache_limit_bytes = num_bytes
+
+    def prompt_cache_bytes(self) -> int:
+        """Always full."""
+        return self.prompt_cache_limit_bytes
 
     def kv_bytes(self) -> int:
         return 10 * len(self.slots)

@@ -1,11 +1,19 @@
 """Small random models and tokenizers, written as real files. Needs mlx."""
 
 from tiny_models.tokenizers import CHAT_TEMPLATE, write_byte_level, write_sentence_piece
-from tiny_models.weights import ARCHITECTURES, write_model, write_weights
+from tiny_models.weights import (
+    ARCHITECTURES,
+    RARE_ARCHITECTURES,
+    VOCAB_SIZE,
+    write_model,
+    write_weights,
+)
 
 __all__ = [
     "ARCHITECTURES",
     "CHAT_TEMPLATE",
+    "RARE_ARCHITECTURES",
+    "VOCAB_SIZE",
     "write_byte_level",
     "write_model",
     "write_sentence_piece",

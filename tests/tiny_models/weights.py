@@ -47,6 +47,39 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+# With the kinds of cache that those above lack. Few tests need them.
+RARE_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # A list of caches a layer: recurrent state and keys and values.
+    "falcon_h1": _COMMON
+    | {
+        "model_type": "falcon_h1", "num_hidden_layers": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4,
+        "mamba_d_head": 16, "mamba_d_state": 16, "tie_word_embeddings": False,
+    },
+    # A list of caches a layer: recurrent state and, in every second, a window of 16.
+    "baichuan_m1": _COMMON
+    | {
+        "model_type": "baichuan_m1", "num_hidden_layers": 2, "rope_theta": 10000.0,
+        "sliding_window": 16, "sliding_window_layers": [1], "conv_window": 2,
+    },
+    # Recurrent layers between windows of 16.
+    "recurrent_gemma": _COMMON
+    | {
+        "model_type": "recurrent_gemma", "attention_bias": False, "conv1d_width": 4,
+        "logits_soft_cap": 30.0, "num_key_value_heads": 1, "rope_theta": 10000.0,
+        "attention_window_size": 16, "block_types": ["recurrent", "attention"],
+    },
+    # Chunks of 16, which know one row only.
+    "llama4": {
+        "model_type": "llama4",
+        "text_config": _COMMON
+        | {
+            "model_type": "llama4_text", "attention_bias": False, "attention_chunk_size": 16,
+            "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128,
+            "num_experts_per_tok": 1, "num_local_experts": 2, "rope_scaling": None,
+            "rope_theta": 10000.0, "use_qk_norm": True,
+        },
+    },
+}  # fmt: skip
 
 
 def write_model(
@@ -58,7 +91,7 @@ def write_model(
     **changes: Any,
 ) -> Path:
     """A model folder with weights, config and a byte-level tokenizer; returns the folder."""
-    config = ARCHITECTURES[architecture] | changes
+    config = (ARCHITECTURES | RARE_ARCHITECTURES)[architecture] | changes
     write_weights(folder, config, quantized=quantized, seed=seed)
     write_byte_level(folder)
     return folder
@@ -76,6 +109,11 @@ def write_weights(
         config = config | {"quantization": {"group_size": 32, "bits": 4}}
         nn.quantize(model, group_size=32, bits=4, class_predicate=_is_divisible)
     weights = dict(tree_flatten(model.parameters()))
+    if config["model_type"] in RARE_ARCHITECTURES and not quantized:
+        # Some of their layers begin as zeros, and would do nothing.
+        weights = {
+            name: array + 0.1 * mx.random.normal(array.shape) for name, array in weights.items()
+        }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 

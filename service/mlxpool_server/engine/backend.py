@@ -17,6 +17,8 @@ class StepOutput:
     tokens: tuple[tuple[int, int], ...] = ()
     # (slot, prompt tokens processed so far).
     prefilled: tuple[tuple[int, int], ...] = ()
+    # (slot, how many of those were in the prompt cache).
+    cached: tuple[tuple[int, int], ...] = ()
 
 
 class BatchRunner(Protocol):
@@ -26,13 +28,25 @@ class BatchRunner(Protocol):
         """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary."""
 
     def remove(self, slots: Sequence[int]) -> None:
-        """Free these slots before the next step, in whatever phase they are."""
+        """Free these slots before the next step, in whatever phase they are.
+
+        No harm for a slot that is not in the batch.
+        """
 
     def step(self) -> StepOutput:
         """Advance every slot: a chunk of prefill, or one token."""
 
+    def settle(self) -> None:
+        """Wait for what a step began and did not wait for."""
+
     def kv_bytes(self) -> int:
         """Bytes of KV cache the batch holds now."""
+
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        """Keep at most so much of what prompts and answers leave in the KV cache; 0 at first."""
+
+    def prompt_cache_bytes(self) -> int:
+        """Bytes of it now."""
 
     def close(self) -> None:
         """Drop the batch and everything it holds."""

@@ -18,9 +18,18 @@ from functools import partial
 
 import structlog
 
-from mlxpool_server.domain import FinishReason, GenerationFinished
+from mlxpool_server.domain import FinishReason, GenerationFinished, StepTotals
 from mlxpool_server.engine.backend import LoadedModel
-from mlxpool_server.engine.messages import Abort, Attach, Detach, Message, Stop, Submit
+from mlxpool_server.engine.fair_lock import FairLock
+from mlxpool_server.engine.messages import (
+    Abort,
+    Attach,
+    Detach,
+    LimitPromptCache,
+    Message,
+    Stop,
+    Submit,
+)
 from mlxpool_server.engine.model_runner import ModelRunner, RunnerStats
 from mlxpool_server.engine.output_stream import OutputStream, StreamItem
 from mlxpool_server.engine.sequence import Sequence, SequenceRequest
@@ -62,12 +71,17 @@ class Engine:
         on_death: Callable[[], None],
         on_model_failed: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        processors: FairLock | None = None,
     ) -> None:
-        """`on_death` and `on_model_failed` are called on the event loop."""
+        """`on_death` and `on_model_failed` are called on the event loop.
+
+        `processors` is held during a step; whoever else takes it runs between steps.
+        """
         self._max_batch_size = max_batch_size
         self._on_death = on_death
         self._on_model_failed = on_model_failed
         self._clock = clock
+        self._processors = processors or FairLock()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         # The event loop's.
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,7 +100,8 @@ class Engine:
         self._is_delivery_due = False
         # Written by the engine thread, frozen values, read by anyone.
         self._stats: dict[str, RunnerStats] = {}
-        self._step_started_at: float | None = None
+        self._step_totals: dict[str, StepTotals] = {}
+        self._busy_since: float | None = None
         # A daemon, so that an engine stuck inside a step cannot keep a process from ending.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -125,6 +140,10 @@ class Engine:
         """End what still runs on `name` with `error` and let go of its model."""
         await self._ask(lambda done: Detach(name, error, done), name)
 
+    async def limit_prompt_cache(self, name: str, num_bytes: int) -> None:
+        """Let the model keep so much of earlier prompts; what is above it is gone on return."""
+        await self._ask(lambda done: LimitPromptCache(name, num_bytes, done), name)
+
     def submit(self, request: SequenceRequest, stream: OutputStream) -> int:
         """Queue one generation; its events arrive on `stream`. Returns the slot, for `abort`.
 
@@ -143,13 +162,17 @@ class Engine:
 
     @property
     def step_age_s(self) -> float:
-        """How long the step that runs now has been running; 0 between steps."""
-        started_at = self._step_started_at
+        """How long the engine has been at its step or message; 0 when it has nothing to do."""
+        started_at = self._busy_since
         return 0.0 if started_at is None else self._clock() - started_at
 
     def stats(self, name: str) -> RunnerStats:
         """What the model was doing at its last step."""
         return self._stats.get(name, RunnerStats())
+
+    def step_totals(self, name: str) -> StepTotals:
+        """All steps of the model, over all its stays."""
+        return self._step_totals.get(name, StepTotals())
 
     async def _ask(self, message: Callable[[asyncio.Future[None]], Message], name: str) -> None:
         self._check_alive(name)
@@ -220,7 +243,10 @@ class Engine:
             except queue.Empty:
                 self._flush()
                 return True
-            if not self._handle(message):
+            self._busy_since = self._clock()
+            is_stopped = not self._handle(message)
+            self._busy_since = None
+            if is_stopped:
                 return False
             # It may hold a model: gone before anyone is told, and while the engine is idle.
             del message
@@ -231,6 +257,9 @@ class Engine:
                 self._attach(message.name, message.model, message.done)
             case Detach():
                 self._drop_lane(message.name, message.error)
+                self._replies.append((message.done, None))
+            case LimitPromptCache():
+                self._limit_prompt_cache(message.name, message.num_bytes)
                 self._replies.append((message.done, None))
             case Submit():
                 self._submit(message.slot, message.request)
@@ -268,6 +297,11 @@ class Engine:
         sequence = Sequence(slot, request, self._clock)
         self._guard(request.model, lane, partial(lane.runner.submit, sequence))
 
+    def _limit_prompt_cache(self, name: str, num_bytes: int) -> None:
+        lane = self._lanes.get(name)
+        if lane is not None:
+            self._guard(name, lane, partial(lane.runner.limit_prompt_cache, num_bytes))
+
     def _abort(self, slot: int, reason: FinishReason) -> None:
         for name, lane in self._lanes.items():
             if slot in lane.runner:
@@ -282,14 +316,21 @@ class Engine:
         if name is None:
             return
         lane = self._lanes[name]
-        started_at = self._step_started_at = self._clock()
+        started_at = self._busy_since = self._clock()
         if self._guard(name, lane, lane.runner.admit):
             # Who waits for a long step knows by then that it has begun.
             self._flush()
-            if self._guard(name, lane, lane.runner.step):
+            with self._processors:
+                is_done = self._guard(name, lane, lane.runner.step)
+                if is_done and self._processors.is_wanted:
+                    is_done = self._guard(name, lane, lane.runner.settle)
+            if is_done:
                 lane.consecutive_failures = 0
-        self._turns.spend(name, self._clock() - started_at)
-        self._step_started_at = None
+        duration_s = self._clock() - started_at
+        self._turns.spend(name, duration_s)
+        totals = self._step_totals.get(name, StepTotals())
+        self._step_totals[name] = StepTotals(totals.count + 1, totals.seconds + duration_s)
+        self._busy_since = None
 
     def _guard(self, name: str, lane: _Lane, action: Callable[[], None]) -> bool:
         """A failure inside a model's batch ends that model's streams, and nothing else."""

@@ -27,6 +27,13 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitPromptCache:
+    name: str
+    num_bytes: int
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     slot: int
     request: SequenceRequest
@@ -43,4 +50,4 @@ class Stop:
     error: MlxpoolError
 
 
-Message = Attach | Detach | Submit | Abort | Stop
+Message = Attach | Detach | LimitPromptCache | Submit | Abort | Stop

@@ -26,6 +26,7 @@ class RunnerStats:
     running: int = 0
     waiting: int = 0
     kv_bytes: int = 0
+    prompt_cache_bytes: int = 0
 
 
 class ModelRunner:
@@ -49,6 +50,7 @@ class ModelRunner:
         self._scheduler = Scheduler(max_batch_size)
         self._emit = emit
         self._clock = clock
+        self._prompt_cache_limit_bytes = 0
         self._batch: BatchRunner = model.new_runner()
 
     def __contains__(self, slot: int) -> bool:
@@ -63,6 +65,7 @@ class ModelRunner:
             running=self._scheduler.num_running,
             waiting=len(self._scheduler.waiting),
             kv_bytes=self._batch.kv_bytes(),
+            prompt_cache_bytes=self._batch.prompt_cache_bytes(),
         )
 
     def submit(self, sequence: Sequence) -> None:
@@ -90,6 +93,9 @@ class ModelRunner:
         if self._scheduler.num_running == 0:
             return
         output = self._batch.step()
+        for slot, cached_tokens in output.cached:
+            if (cached := self._scheduler.running(slot)) is not None:
+                cached.cached_prompt_tokens = cached_tokens
         for slot, prefilled_tokens in output.prefilled:
             self._tell_prefill(slot, prefilled_tokens)
         ended = [
@@ -99,6 +105,14 @@ class ModelRunner:
             and self._take(sequence, token_id)
         ]
         self._remove(ended)
+
+    def settle(self) -> None:
+        """Wait for what the last step began. Raises: as `step`."""
+        self._batch.settle()
+
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        self._prompt_cache_limit_bytes = num_bytes
+        self._batch.limit_prompt_cache(num_bytes)
 
     def abort(self, slot: int, reason: FinishReason) -> None:
         """End one sequence with what it has."""
@@ -114,6 +128,7 @@ class ModelRunner:
         """
         self.close(GenerationFailedError(self._name))
         self._batch = self._model.new_runner()
+        self._batch.limit_prompt_cache(self._prompt_cache_limit_bytes)
 
     def close(self, error: MlxpoolError) -> None:
         """End every sequence with `error` and drop the batch."""

@@ -32,6 +32,10 @@ class OutputStream:
         self._end: GenerationFinished | MlxpoolError | None = None
         self._wake = asyncio.Event()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._end is not None
+
     def put(self, item: StreamItem) -> None:
         """Buffer one item. What comes after the end is dropped."""
         if self._end is not None:

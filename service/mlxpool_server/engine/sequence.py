@@ -66,6 +66,7 @@ class Sequence:
         self.slot = slot
         self.request = request
         self.state = SequenceState.WAITING
+        self.cached_prompt_tokens = 0
         self._clock = clock
         self._matcher = StopMatcher(request.stop_sequences)
         self._text: list[str] = []
@@ -115,7 +116,9 @@ class Sequence:
             finish_reason=reason,
             text="".join(self._text),
             usage=TokenUsage(
-                prompt_tokens=len(self.request.prompt), completion_tokens=len(self._token_ids)
+                prompt_tokens=len(self.request.prompt),
+                completion_tokens=len(self._token_ids),
+                cached_prompt_tokens=self.cached_prompt_tokens,
             ),
             timings=self._timings(),
             stop_sequence=self._matcher.matched or "",

@@ -1,72 +1,230 @@
-"""mlx-lm's continuous batching behind the engine's BatchRunner."""
+"""A model's running batch: prompts in, one token a row and step out."""
 
 from __future__ import annotations
 
-import sys
+import time
+from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
-import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxpool_server.domain import SamplingParams
 from mlxpool_server.engine.backend import StepOutput
-from mlxpool_server.mlx_backend.sampling import make_processors, make_sampler
+from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
+from mlxpool_server.mlx_backend.decode import Decode
+from mlxpool_server.mlx_backend.host_arrays import as_numpy
+from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.memory import device_kind
+from mlxpool_server.mlx_backend.prefill import Prefill
+from mlxpool_server.mlx_backend.prefill_pace import PrefillPace
+from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
+from mlxpool_server.mlx_backend.row import Row
+from mlxpool_server.mlx_backend.row_cache import new_caches
+from mlxpool_server.mlx_backend.sampling import host
+from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
+from mlxpool_server.mlx_backend.sampling.row import SampledRow
+
+# How often freed buffers go back to the system: their sizes change as the batch grows.
+CLEAR_CACHE_STEPS = 512
+# Prompts that share so many of their first tokens wait for each other's prefix.
+SIBLING_TOKENS = 128
 
 
 class MlxBatch:
-    """Engine thread only."""
+    """Engine thread only. A step is either a pass over prompts or a token for every row."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LastRows,
         *,
         vocab_size: int,
-        max_batch_size: int,
-        prefill_rows: int,
-        prefill_step_tokens: int,
+        is_batchable: bool,
+        prefill_tokens: int,
+        threads: ThreadTuner | None = None,
     ) -> None:
+        """`prefill_tokens`: the most prompt tokens of one pass, all rows and padding together.
+
+        `threads` chooses how many a CPU's matrix products get.
+        """
+        self._model = model
         self._vocab_size = vocab_size
-        self._generator = BatchGenerator(
-            model,
-            # The engine decides when a sequence ends: mlx-lm copies the KV cache of one it ends.
-            max_tokens=sys.maxsize,
-            completion_batch_size=max_batch_size,
-            prefill_batch_size=prefill_rows,
-            prefill_step_size=prefill_step_tokens,
-        )
-        # All this gives back is Metal's wired limit, which MlxMemory owns: mlx-lm would reset what
-        # a caller has set.
-        self._generator.close()
-        self._uid_of: dict[int, int] = {}
-        self._slot_of: dict[int, int] = {}
+        self._is_batchable = is_batchable
+        self._pace = PrefillPace(prefill_tokens)
+        self._threads = threads
+        # A step's duration says something only if the one before was alike.
+        self._last_kind: object = None
+        self._samples_on_host = device_kind() == "cpu"
+        self._waiting: deque[Row] = deque()
+        # Prompts of which some chunks are done.
+        self._begun: deque[Prefill] = deque()
+        self._was_new_prefill = False
+        # One, or one for each row of a model that cannot be batched.
+        self._decodes: list[Decode] = []
+        self._prefixes = PrefixCache()
+        self._num_prefilled = 0
+        self._decoded_at = 0.0
+        self._num_steps = 0
 
     def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        (uid,) = self._generator.insert(
-            [list(prompt)],
-            samplers=[make_sampler(sampling, self._vocab_size)],
-            logits_processors=[make_processors(sampling)],
-        )
-        self._uid_of[slot] = uid
-        self._slot_of[uid] = slot
+        sampled = SampledRow(sampling, prompt, self._vocab_size)
+        self._waiting.append(Row(slot, tuple(prompt), sampled))
 
     def remove(self, slots: Sequence[int]) -> None:
-        uids = [self._uid_of.pop(slot) for slot in slots]
-        for uid in uids:
-            del self._slot_of[uid]
-        self._generator.remove(uids)
+        gone = frozenset(slots)
+        self._waiting = deque(row for row in self._waiting if row.slot not in gone)
+        for prefill in self._begun:
+            prefill.remove(gone)
+        self._begun = deque(prefill for prefill in self._begun if prefill.rows)
+        for decode in self._decodes:
+            decode.remove(gone, self._prefixes)
+        self._decodes = [decode for decode in self._decodes if decode.rows]
 
     def step(self) -> StepOutput:
-        prefilled, generated = self._generator.next()
-        return StepOutput(
-            tokens=tuple((self._slot_of[each.uid], each.token) for each in generated),
-            prefilled=tuple((self._slot_of[each.uid], each.progress[0]) for each in prefilled),
-        )
+        is_prefill = self._is_prefill_turn()
+        if self._threads is None:
+            return self._prefill() if is_prefill else self._decode()
+        rows = sum(len(decode.rows) for decode in self._decodes)
+        # Batches of up to 1, 2, 4, 8 … rows.
+        kind = "prefill" if is_prefill else (rows - 1).bit_length()
+        self._threads.begin(kind)
+        started_at = time.monotonic()
+        output = self._prefill() if is_prefill else self._decode()
+        if kind == self._last_kind:
+            duration_s = time.monotonic() - started_at
+            self._threads.end(kind, duration_s / max(1, self._num_prefilled if is_prefill else 1))
+        self._last_kind = kind
+        return output
+
+    def settle(self) -> None:
+        for decode in self._decodes:
+            decode.settle()
 
     def kv_bytes(self) -> int:
-        return int(self._generator.prompt_cache_nbytes)
+        held: list[Prefill | Decode] = [*self._begun, *self._decodes]
+        return sum(each.nbytes for each in held)
+
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        if self._is_batchable:
+            self._prefixes.set_limit(num_bytes)
+
+    def prompt_cache_bytes(self) -> int:
+        return self._prefixes.nbytes
 
     def close(self) -> None:
-        self._generator.remove(list(self._slot_of))
-        self._uid_of.clear()
-        self._slot_of.clear()
-        self._generator.close()
+        self._prefixes.clear()
+        self._waiting.clear()
+        self._begun.clear()
+        self._decodes.clear()
+
+    # ------------------------------------------------------------ prompts
+
+    def _is_prefill_turn(self) -> bool:
+        if not (self._waiting or self._begun):
+            return False
+        if not self._decodes:
+            return True
+        # Short prompts go in one after the other, as long as the streams can wait.
+        return time.monotonic() - self._decoded_at < self._pace.target_s(is_decoding=True)
+
+    def _prefill(self) -> StepOutput:
+        started_at = time.monotonic()
+        limit = self._pace.num_tokens(is_decoding=bool(self._decodes))
+        prefill = self._next_prefill(limit)
+        rows = list(prefill.rows)
+        num_tokens = min(max(1, limit // len(rows)), prefill.num_left)
+        complete, logits, caches = prefill.step(self._model, num_tokens)
+        if complete:
+            self._sample_first(complete, logits)
+            for index, row in enumerate(complete):
+                self._prefixes.keep(row.prompt, caches, index)
+            self._join(complete, caches)
+        if prefill.rows:
+            self._begun.append(prefill)
+        self._num_prefilled = num_tokens * len(rows)
+        self._pace.learn_pass(self._num_prefilled, time.monotonic() - started_at)
+        return StepOutput(
+            tokens=tuple((row.slot, row.token) for row in complete),
+            prefilled=tuple((row.slot, row.num_done) for row in rows),
+            cached=tuple((row.slot, row.num_cached) for row in rows if row.num_cached),
+        )
+
+    def _next_prefill(self, limit: int) -> Prefill:
+        """New prompts and those that were begun take turns: a long one keeps nobody waiting."""
+        if not (self._begun and self._was_new_prefill):
+            rows = self._take_waiting(limit)
+            if rows:
+                self._was_new_prefill = True
+                return self._new_prefill(rows)
+        self._was_new_prefill = False
+        return self._begun.popleft()
+
+    def _take_waiting(self, limit: int) -> list[Row]:
+        """The next of the waiting prompts, as many as one pass has room for."""
+        rows: list[Row] = []
+        longest = 0
+        for row in self._waiting:
+            if self._has_sibling(row):
+                continue
+            longest = max(longest, row.num_left)
+            # One that goes on from a cached prefix goes alone.
+            is_alone = not self._is_batchable or self._prefixes.count(row.prompt) > 0
+            if rows and (is_alone or longest * (len(rows) + 1) > limit):
+                break
+            rows.append(row)
+            if is_alone:
+                break
+        taken = set(rows)
+        self._waiting = deque(row for row in self._waiting if row not in taken)
+        return rows
+
+    def _has_sibling(self, row: Row) -> bool:
+        """Whether a prompt that begins the same is being worked on: its prefix will be there."""
+        return self._prefixes.is_on and any(
+            other.prompt[:SIBLING_TOKENS] == row.prompt[:SIBLING_TOKENS]
+            for prefill in self._begun
+            for other in prefill.rows
+            if len(row.prompt) > SIBLING_TOKENS
+        )
+
+    def _new_prefill(self, rows: list[Row]) -> Prefill:
+        model = self._model.model
+        if not self._is_batchable:
+            return Prefill(rows, make_prompt_cache(model))
+        if len(rows) > 1:
+            return Prefill(rows, new_caches(model, len(rows)))
+        (row,) = rows
+        row.num_cached, caches = self._prefixes.find(row.prompt)
+        row.num_done = row.num_cached
+        return Prefill(rows, caches or new_caches(model, 1))
+
+    def _sample_first(self, rows: Sequence[Row], logits: mx.array) -> None:
+        sampled = [row.sampled for row in rows]
+        if self._samples_on_host:
+            tokens = host.sample(as_numpy(logits.astype(mx.float32)), sampled)
+        else:
+            sampler = DeviceSampler(self._vocab_size)
+            sampler.extend(sampled)
+            tokens = [int(token) for token in as_numpy(sampler.sample(logits))]
+        for row, token in zip(rows, tokens, strict=True):
+            row.accept(token)
+
+    # ------------------------------------------------------------ tokens
+
+    def _join(self, rows: list[Row], caches: list[Any]) -> None:
+        if not self._decodes or not self._is_batchable:
+            self._decodes.append(
+                Decode(self._model, self._vocab_size, samples_on_host=self._samples_on_host)
+            )
+        self._decodes[-1].extend(rows, caches)
+
+    def _decode(self) -> StepOutput:
+        started_at = time.monotonic()
+        tokens = [token for decode in self._decodes for token in decode.step()]
+        self._decoded_at = time.monotonic()
+        self._pace.learn_step(self._decoded_at - started_at)
+        self._num_steps += 1
+        if self._num_steps % CLEAR_CACHE_STEPS == 0:
+            mx.clear_cache()
+        return StepOutput(tokens=tuple(tokens))

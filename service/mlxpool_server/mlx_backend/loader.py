@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import structlog
-from mlx_lm.utils import dequantize_model, load_model
-from safetensors import SafetensorError
+from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import (
     Capability,
@@ -25,6 +26,8 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolError
 from mlxpool_server.mlx_backend.batch import MlxBatch
+from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
+from mlxpool_server.mlx_backend.flat_rows import flatten_rows
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
     MODEL_FILES,
@@ -32,45 +35,112 @@ from mlxpool_server.mlx_backend.hub import (
     cached_folder,
     download,
 )
+from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
+from mlxpool_server.mlx_backend.model_config import (
+    describe_quantization,
+    eos_token_ids,
+    first_int,
+    has_chat_template,
+    headers_of,
+    one_line,
+    quantization_of,
+    read_config,
+)
 from mlxpool_server.mlx_backend.model_size import (
     TensorHeader,
     estimate_bytes,
     missing_weights,
-    read_headers,
     vocabulary_of,
 )
+from mlxpool_server.mlx_backend.openblas import OpenBlas
+from mlxpool_server.mlx_backend.row_cache import UnbatchableError, new_caches
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
+from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
+from mlxpool_server.mlx_backend.weights import all_arrays, evaluated
 
 log = structlog.get_logger(__name__)
 
 DTYPE_OF = {Layout.FLOAT32: mx.float32, Layout.BFLOAT16: mx.bfloat16, Layout.FLOAT16: mx.float16}
-# Weights are evaluated in portions, so that progress shows and a cancelled load stops soon.
-PORTION_BYTES = 64 * 1024 * 1024
 CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
     "seq_length", "model_max_length",
 )  # fmt: skip
 # For a model whose files do not say, as recurrent ones: as good as no limit, and still a number.
 UNKNOWN_CONTEXT_LENGTH = 1 << 20
-INT32_MAX = 2**31 - 1
 
 
 class MlxModel:
     """A model whose arrays are all evaluated: any thread may use it."""
 
-    def __init__(self, model: nn.Module, vocab_size: int, batch_options: dict[str, int]) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, vocab_size: int, prefill_tokens: int, blas: OpenBlas | None = None
+    ) -> None:
+        # First, so that a head picks its rows before it flattens them.
+        flatten_rows(model)
+        self._model = LastRows(model)
         self._vocab_size = vocab_size
-        self._batch_options = batch_options
-        self._resident_bytes = sum(array.nbytes for array in _arrays(model))
+        self._prefill_tokens = prefill_tokens
+        self._blas = blas
+        self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
+        self._batch_problem = _batch_problem(model)
+
+    @property
+    def batch_problem(self) -> str:
+        """Why its rows cannot share a batch; empty when they can."""
+        return self._batch_problem
 
     @property
     def resident_bytes(self) -> int:
         return self._resident_bytes
 
     def new_runner(self) -> MlxBatch:
-        return MlxBatch(self._model, vocab_size=self._vocab_size, **self._batch_options)
+        return MlxBatch(
+            self._model,
+            vocab_size=self._vocab_size,
+            is_batchable=not self._batch_problem,
+            prefill_tokens=self._prefill_tokens,
+            threads=ThreadTuner.of(self._blas),
+        )
+
+    def warm_up(
+        self, processors: AbstractContextManager[None], check_wanted: Callable[[], None]
+    ) -> None:
+        """Run it once, before it has users, and learn whether its rows can share a batch.
+
+        `check_wanted` may raise between two steps. Raises: what a single row raises.
+        """
+        problem = warm_up(
+            self._trial_batch,
+            can_batch=not self._batch_problem,
+            vocab_size=self._vocab_size,
+            processors=processors,
+            check_wanted=check_wanted,
+        )
+        self._batch_problem = self._batch_problem or problem
+
+    def _trial_batch(self, *, is_batchable: bool) -> MlxBatch:
+        # Without the tuner of threads, which is the engine thread's.
+        return MlxBatch(
+            self._model,
+            vocab_size=self._vocab_size,
+            is_batchable=is_batchable,
+            prefill_tokens=WARM_UP_TOKENS,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a model's files say, and the layout that it gets."""
+
+    info: ModelInfo
+    choice: Choice
+
+    @property
+    def dtype(self) -> mx.Dtype | None:
+        """None: as stored."""
+        return DTYPE_OF.get(self.choice.layout)
 
 
 class MlxLoader:
@@ -79,17 +149,23 @@ class MlxLoader:
     def __init__(
         self,
         *,
-        max_batch_size: int,
-        prefill_rows: int,
         prefill_step_tokens: int,
         default_layout: Layout,
+        processors: AbstractContextManager[None] | None = None,
+        blas: OpenBlas | None = None,
+        pool_limit_bytes: int | None = None,
+        warm_up: bool = True,
     ) -> None:
-        self._batch_options = {
-            "max_batch_size": max_batch_size,
-            "prefill_rows": prefill_rows,
-            "prefill_step_tokens": prefill_step_tokens,
-        }
+        """`processors` is held for each portion of weights, where the engine's steps need them;
+        `blas` is what a CPU's matrix products run on. `pool_limit_bytes` bounds the layouts that
+        are chosen here; None: any fits. `warm_up`: run each model once before it is used.
+        """
+        self._blas = blas
+        self._prefill_step_tokens = prefill_step_tokens
         self._default_layout = default_layout
+        self._processors = processors or nullcontext()
+        self._layouts = LayoutChooser(pool_limit_bytes, OneThread(self._processors, blas))
+        self._warm_up = warm_up
 
     def fetch(self, spec: ModelSpec, report: Callable[[LoadProgress], None]) -> None:
         if isinstance(spec.source, HubSource):
@@ -97,27 +173,35 @@ class MlxLoader:
             download(spec.name, spec.source, MODEL_FILES, report)
 
     def inspect(self, spec: ModelSpec) -> ModelInfo | None:
+        look = self._look(spec)
+        return None if look is None else look.info
+
+    def _look(self, spec: ModelSpec) -> _Look | None:
         folder = _local_folder(spec)
         if folder is None:
             return None
-        config = _read_config(spec.name, folder)
+        config = read_config(spec.name, folder)
         if missing := missing_weights(folder):
             if isinstance(spec.source, HubSource):
                 return None
             raise LoadFailedError(spec.name, f"its folder has no {missing}")
-        quantization = _dict(config, "quantization") or _dict(config, "quantization_config")
-        headers = _kept(_headers(spec.name, folder), config)
-        has_template = _has_chat_template(folder)
-        return ModelInfo(
+        quantization = quantization_of(config)
+        headers = headers_of(spec.name, folder, config)
+        choice = self._choose(spec, headers, quantization)
+        footprint = _footprint(spec, config, DTYPE_OF.get(choice.layout))
+        has_template = has_chat_template(folder)
+        info = ModelInfo(
             architecture=str(config["model_type"]),
-            quantization=_describe(quantization),
-            context_length=_first_int(config, *CONTEXT_KEYS) or UNKNOWN_CONTEXT_LENGTH,
-            vocab_size=_first_int(config, "vocab_size") or vocabulary_of(headers),
-            estimated_bytes=estimate_bytes(headers, quantization, self._layout(spec)),
-            footprint=self._footprint(spec, config),
+            quantization=describe_quantization(quantization),
+            context_length=first_int(config, *CONTEXT_KEYS) or UNKNOWN_CONTEXT_LENGTH,
+            vocab_size=first_int(config, "vocab_size") or vocabulary_of(headers),
+            estimated_bytes=estimate_bytes(headers, quantization, choice.layout),
+            footprint=footprint,
+            warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
             revision=folder.name if isinstance(spec.source, HubSource) else "",
             capabilities=frozenset({Capability.CHAT}) if has_template else frozenset(),
         )
+        return _Look(info, choice)
 
     def load_tokenizer(self, spec: ModelSpec) -> MlxTokenizer:
         folder = _local_folder(spec, TOKENIZER_FILES)
@@ -125,14 +209,14 @@ class MlxLoader:
             folder = download(spec.name, spec.source, TOKENIZER_FILES)
         if folder is None:
             raise LoadFailedError(spec.name, "its folder does not exist")
-        config = _read_config(spec.name, folder)
-        vocab_size = _first_int(config, "vocab_size")
+        config = read_config(spec.name, folder)
+        vocab_size = first_int(config, "vocab_size")
         if not vocab_size and not missing_weights(folder):
-            vocab_size = vocabulary_of(_headers(spec.name, folder))
+            vocab_size = vocabulary_of(headers_of(spec.name, folder, config))
         try:
-            return MlxTokenizer.read(folder, vocab_size, _eos_token_ids(folder, config))
+            return MlxTokenizer.read(folder, vocab_size, eos_token_ids(folder, config))
         except Exception as error:  # whatever transformers raises on a foreign folder
-            problem = f"its tokenizer cannot be read: {_one_line(error)}"
+            problem = f"its tokenizer cannot be read: {one_line(error)}"
             raise LoadFailedError(spec.name, problem) from error
 
     def load(
@@ -142,77 +226,70 @@ class MlxLoader:
         is_cancelled: Callable[[], bool],
     ) -> MlxModel:
         folder = _local_folder(spec)
-        info = self.inspect(spec)
-        if folder is None or info is None:
+        stamps = None if folder is None else _stamps(folder)
+        look = self._look(spec)
+        if folder is None or look is None:
             raise LoadFailedError(spec.name, "its files are not on this machine")
-        try:
-            model, _ = load_model(folder, lazy=True)
-            layout = self._layout(spec)
-            if layout is not Layout.STORED:
-                model = dequantize_model(model)
-                model.set_dtype(DTYPE_OF[layout])
-            for done_bytes in _evaluate(model):
-                report(LoadProgress(LoadPhase.LOADING, done_bytes, info.estimated_bytes))
-                if is_cancelled():
-                    raise LoadSupersededError(spec.name)
-        except MlxpoolError:
-            raise
-        except Exception as error:  # whatever mlx-lm raises on a foreign folder
-            raise LoadFailedError(spec.name, _one_line(error)) from error
-        return MlxModel(model, info.vocab_size, self._batch_options)
+        log.info("model.layout", model=spec.name, **look.choice.log_fields())
+        total_bytes = look.info.estimated_bytes
 
-    def _footprint(self, spec: ModelSpec, config: dict[str, Any]) -> Footprint:
-        dtype = DTYPE_OF.get(self._layout(spec))
-        try:
-            return read_footprint(config, dtype, fused=device_kind() != "cpu")
-        except Exception as error:  # noqa: BLE001 - a config that its own code refuses
-            # The load will say so; a model that cannot be loaded generates nothing.
-            log.debug("model.footprint_unknown", model=spec.name, error=_one_line(error))
-            return Footprint()
+        def check_wanted() -> None:
+            if is_cancelled():
+                raise LoadSupersededError(spec.name)
 
-    def _layout(self, spec: ModelSpec) -> Layout:
+        with _as_load_failures(spec.name, ""):
+            module, _ = load_model(folder, lazy=True)
+            for done_bytes in evaluated(module, look.dtype, self._processors):
+                report(LoadProgress(LoadPhase.LOADING, done_bytes, total_bytes))
+                check_wanted()
+            if _stamps(folder) != stamps:
+                raise LoadFailedError(spec.name, "its files changed while they were read")
+            model = MlxModel(module, look.info.vocab_size, self._prefill_step_tokens, self._blas)
+        if self._warm_up:
+            report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))
+            with _as_load_failures(spec.name, "its first run failed: "):
+                model.warm_up(self._processors, check_wanted)
+        if model.batch_problem:
+            log.warning("model.not_batchable", model=spec.name, reason=model.batch_problem)
+        return model
+
+    def _choose(
+        self, spec: ModelSpec, headers: list[TensorHeader], quantization: dict[str, Any]
+    ) -> Choice:
+        bytes_in = partial(estimate_bytes, headers, quantization)
         layout = self._default_layout if spec.layout is Layout.AUTO else spec.layout
         if layout is not Layout.AUTO:
-            return layout
-        # The CPU has no fast quantised or 16-bit kernels.
-        return Layout.FLOAT32 if device_kind() == "cpu" else Layout.STORED
+            return Choice(layout, "set", bytes_in(Layout.STORED))
+        return self._layouts.choose(form_of(headers, quantization), bytes_in)
 
 
-def _evaluate(model: nn.Module) -> Iterator[int]:
-    """Evaluate every array, a portion at a time; yield the bytes done so far."""
-    done = pending_bytes = 0
-    pending: list[mx.array] = []
-    for array in _arrays(model):
-        pending.append(array)
-        pending_bytes += array.nbytes
-        if pending_bytes >= PORTION_BYTES:
-            mx.eval(pending)
-            done += pending_bytes
-            pending, pending_bytes = [], 0
-            yield done
-    if pending:
-        mx.eval(pending)
-        yield done + pending_bytes
+@contextmanager
+def _as_load_failures(name: str, prefix: str) -> Iterator[None]:
+    """Whatever mlx-lm or a model's code raises on a foreign folder becomes a LoadFailedError."""
+    try:
+        yield
+    except MlxpoolError:
+        raise
+    except Exception as error:
+        raise LoadFailedError(name, prefix + one_line(error)) from error
 
 
-def _arrays(model: nn.Module) -> list[mx.array]:
-    """All arrays of a model, those too that parameters() skips (RoPE frequencies, for one)."""
-    found: dict[int, mx.array] = {}
+def _footprint(spec: ModelSpec, config: dict[str, Any], dtype: mx.Dtype | None) -> Footprint:
+    try:
+        return read_footprint(config, dtype, fused=device_kind() != "cpu")
+    except Exception as error:  # noqa: BLE001 - a config that its own code refuses
+        # The load will say so; a model that cannot be loaded generates nothing.
+        log.debug("model.footprint_unknown", model=spec.name, error=one_line(error))
+        return Footprint()
 
-    def visit(value: object) -> None:
-        if isinstance(value, mx.array):
-            found[id(value)] = value
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
 
-    for module in model.modules():
-        visit(dict(module))
-        visit(vars(module))
-    return list(found.values())
+def _batch_problem(model: nn.Module) -> str:
+    """Why several rows do not fit into the model's caches; empty when they do."""
+    try:
+        new_caches(model, 1)
+    except UnbatchableError as error:
+        return f"its {error} holds one row only"
+    return ""
 
 
 def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> Path | None:
@@ -224,76 +301,7 @@ def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> P
     return cached_folder(spec.source, patterns)
 
 
-def _read_config(name: str, folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadFailedError(name, "its folder has no config.json") from error
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"its config.json cannot be read: {_one_line(error)}"
-        raise LoadFailedError(name, problem) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise LoadFailedError(name, "its config.json has no model_type")
-    if config.get("model_file") is not None:
-        raise LoadFailedError(name, "it brings its own code (model_file), which is never run")
-    return config
-
-
-def _headers(name: str, folder: Path) -> list[TensorHeader]:
-    try:
-        return read_headers(folder)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadFailedError(name, f"its weights cannot be read: {_one_line(error)}") from error
-
-
-def _kept(headers: list[TensorHeader], config: dict[str, Any]) -> list[TensorHeader]:
-    """Without an output layer that the config says is the embedding: mlx-lm drops it."""
-    if config.get("tie_word_embeddings") is not True:
-        return headers
-    return [header for header in headers if not header.name.startswith("lm_head.")]
-
-
-def _eos_token_ids(folder: Path, config: dict[str, Any]) -> object:
-    """generation_config.json's, which is the more careful one, or config.json's."""
-    try:
-        text = (folder / "generation_config.json").read_text(encoding="utf-8")
-        generation = json.loads(text)
-        return generation["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return config.get("eos_token_id")
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
-        return True
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return bool(config.get("chat_template") or config.get("chat_template_type"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _dict(config: dict[str, Any], key: str) -> dict[str, Any]:
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _first_int(config: dict[str, Any], *keys: str) -> int:
-    """The first of these keys, here or in `text_config`, that is a positive number; else 0."""
-    for source in (config, _dict(config, "text_config")):
-        for key in keys:
-            value = source.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return min(value, INT32_MAX)
-    return 0
-
-
-def _describe(quantization: dict[str, Any]) -> str:
-    if "bits" not in quantization:
-        return ""
-    return f"{quantization['bits']}-bit, group {quantization.get('group_size')}"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:500] or type(error).__name__
+def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Differ once a weight file was written to or replaced: old and new mixed are no model."""
+    stats = {file.name: file.stat() for file in folder.glob("model*.safetensors")}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}

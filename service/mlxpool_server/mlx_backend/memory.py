@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,11 @@ CGROUP_LIMIT_FILES = (
 class MlxMemory:
     """Any thread: these calls take MLX's allocator lock and no stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, processors: AbstractContextManager[None] | None = None) -> None:
+        """`processors` is held while buffers are freed: on a CPU that waits for what runs there,
+        and would take over its errors.
+        """
+        self._processors = processors or nullcontext()
         # MLX tells these limits only when they are set, and setting one moves memory: ask once.
         self._cache_bytes = _ask(mx.set_cache_limit)
         self._wired_bytes = _ask(mx.set_wired_limit) if device_kind() == "metal" else None
@@ -69,11 +74,12 @@ class MlxMemory:
             except (ValueError, RuntimeError) as error:
                 raise InvalidFieldError("limits.wired_bytes", str(error)) from error
             self._wired_bytes = limits.wired_bytes
-        if limits.memory_bytes is not None:
-            mx.set_memory_limit(limits.memory_bytes)
-        if limits.cache_bytes is not None:
-            mx.set_cache_limit(limits.cache_bytes)
-            self._cache_bytes = limits.cache_bytes
+        with self._processors:
+            if limits.memory_bytes is not None:
+                mx.set_memory_limit(limits.memory_bytes)
+            if limits.cache_bytes is not None:
+                mx.set_cache_limit(limits.cache_bytes)
+                self._cache_bytes = limits.cache_bytes
 
     def apply_defaults(self, cache_limit_bytes: int | None) -> None:
         """Set what MLX does not choose well by itself, once, before anything is loaded."""
@@ -84,7 +90,8 @@ class MlxMemory:
     def clear_cache(self) -> None:
         # A model's modules may refer to each other in circles.
         gc.collect()
-        mx.clear_cache()
+        with self._processors:
+            mx.clear_cache()
 
     def reset_peak(self) -> None:
         mx.reset_peak_memory()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,16 @@ class OpenBlas:
     """What MLX's matrix products run on.
 
     `problem` says why the reference BLAS stays, and is None when OpenBLAS was loaded; `path` and
-    `config` are then set, and `threads` is the most that one product uses.
+    `config` are then set, and `threads` is the most that one product uses; `set_threads` lowers it
+    and raises it again.
     """
 
     path: Path | None = None
     config: str = ""
     threads: int = 0
     problem: str | None = None
+    # None where the number of threads was asked for, or nothing was loaded.
+    set_threads: Callable[[int], None] | None = None
 
 
 def load_openblas(library: Path | None = None, threads: int | None = None) -> OpenBlas | None:
@@ -131,12 +135,14 @@ def _load(path: Path, threads: int | None) -> OpenBlas:
     if missing:
         raise OSError(f"{path}: not OpenBLAS, it lacks {', '.join(missing)}")
     library.openblas_get_config.restype = ctypes.c_char_p
+    is_asked_for = bool(threads or os.environ.get("OPENBLAS_NUM_THREADS"))
     if not os.environ.get("OPENBLAS_NUM_THREADS"):
         library.openblas_set_num_threads(threads or default_threads(usable_cpus()))
     return OpenBlas(
         path=path,
         config=library.openblas_get_config().decode(errors="replace").strip(),
         threads=library.openblas_get_num_threads(),
+        set_threads=None if is_asked_for else library.openblas_set_num_threads,
     )
 
 

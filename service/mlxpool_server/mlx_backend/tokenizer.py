@@ -20,6 +20,7 @@ from mlx_lm.utils import load_tokenizer
 from mlxpool_server.domain import ChatMessage, Role
 from mlxpool_server.engine.backend import TextDecoder
 from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.mlx_backend.template_renderer import shared_renderer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -50,6 +51,8 @@ class MlxTokenizer:
         wrapper = load_tokenizer(
             folder, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids
         )
+        if wrapper.has_chat_template:
+            shared_renderer().warm_up()
         return cls(wrapper, vocab_size)
 
     @property
@@ -79,14 +82,28 @@ class MlxTokenizer:
             {"role": self._role(message.role), "content": message.text} for message in messages
         ]
         try:
-            rendered = self._wrapper.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
+            return self._rendered(conversation)
         except Exception as error:  # a template is a program: it may raise anything
             raise InvalidFieldError(
                 "prompt.chat.messages", f"the model's template refuses them: {error}"
             ) from error
-        return str(rendered)
+
+    def _rendered(self, conversation: list[dict[str, str]]) -> str:
+        """The folder's template is rendered in another process; mlx-lm's own code in this one."""
+        wrapper = self._wrapper
+        if wrapper._chat_template is not None:  # noqa: SLF001 - nothing else tells the two apart
+            return str(
+                wrapper.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True
+                )
+            )
+        # As mlx-lm and transformers would pass them.
+        variables = {
+            **wrapper.special_tokens_map,
+            wrapper._thinking_kwarg: wrapper.has_thinking,  # noqa: SLF001 - as above
+            "add_generation_prompt": True,
+        }
+        return shared_renderer().render(wrapper.get_chat_template(), conversation, variables)
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""

@@ -10,6 +10,7 @@ from mlxpool_server.domain import LoadPhase, LoadProgress, ModelState
 from mlxpool_server.errors import MemoryInUseError, PoolMemoryLimitError
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.ledger import Ledger
+from mlxpool_server.pool.prompt_caches import PromptCaches
 from mlxpool_server.pool.residency import Residency
 from mlxpool_server.pool.unloads import Unloads
 
@@ -19,10 +20,17 @@ log = structlog.get_logger(__name__)
 class Eviction:
     """Event loop only. Nobody is evicted for what cannot fit, and nobody more than it takes."""
 
-    def __init__(self, entries: Collection[Entry], ledger: Ledger, unloads: Unloads) -> None:
+    def __init__(
+        self,
+        entries: Collection[Entry],
+        ledger: Ledger,
+        unloads: Unloads,
+        prompt_caches: PromptCaches,
+    ) -> None:
         self._entries = entries
         self._ledger = ledger
         self._unloads = unloads
+        self._prompt_caches = prompt_caches
 
     def choose_victims(
         self,
@@ -39,7 +47,7 @@ class Eviction:
         held_bytes = self._ledger.held_by(residency)
         evictable = self._evictable() if allow_eviction else []
         missing_bytes = required_bytes - held_bytes
-        available_bytes = self._coming_bytes() + self._held(evictable)
+        available_bytes = self._available_bytes(evictable)
         if missing_bytes > max(0, available_bytes):
             raise PoolMemoryLimitError(name, required_bytes, held_bytes + max(0, available_bytes))
         return self._pick(evictable, missing_bytes)
@@ -55,6 +63,7 @@ class Eviction:
             residency=residency,
             allow_eviction=residency.allow_eviction,
         )
+        self._reclaim(required_bytes - self._ledger.held_by(residency))
         if victims:
             residency.evicted_models += tuple(victim.spec.name for victim in victims)
             residency.report(LoadProgress(LoadPhase.EVICTING, total_bytes=required_bytes))
@@ -64,9 +73,11 @@ class Eviction:
     def start_freeing(self, missing_bytes: int) -> bool:
         """Evict idle models so that as much comes free. False: not possible, nobody was evicted."""
         evictable = self._evictable()
-        if missing_bytes > self._coming_bytes() + self._held(evictable):
+        if missing_bytes > self._available_bytes(evictable):
             return False
-        self._evict(self._pick(evictable, missing_bytes))
+        victims = self._pick(evictable, missing_bytes)
+        self._reclaim(missing_bytes)
+        self._evict(victims)
         return True
 
     @property
@@ -83,18 +94,24 @@ class Eviction:
         """
         evictable = self._evictable()
         missing_bytes = self._ledger.next_limit_bytes - limit_bytes
-        available_bytes = self._coming_bytes() + self._held(evictable)
+        available_bytes = self._available_bytes(evictable)
         if missing_bytes > max(0, available_bytes):
             in_use_bytes = self._ledger.next_limit_bytes - available_bytes
             raise MemoryInUseError(limit_bytes, in_use_bytes)
         victims = self._pick(evictable, missing_bytes)
+        self._reclaim(missing_bytes)
         self._evict(victims)
         await self._ledger.set_limit(limit_bytes)
         return tuple(victim.spec.name for victim in victims)
 
+    def _reclaim(self, missing_bytes: int) -> None:
+        """What prompts left behind goes before a model does."""
+        self._prompt_caches.start_shrinking(missing_bytes - self._coming_bytes())
+
     def _evict(self, victims: list[Entry]) -> None:
         for victim in victims:
             log.info("model.evicted", model=victim.spec.name)
+            victim.activity.evicted(victim.spec.name)
             self._unloads.start(victim)
 
     def _evictable(self) -> list[Entry]:
@@ -102,7 +119,7 @@ class Eviction:
         return sorted(evictable, key=lambda entry: entry.used_at)
 
     def _pick(self, evictable: list[Entry], missing_bytes: int) -> list[Entry]:
-        missing_bytes -= self._coming_bytes()
+        missing_bytes -= self._coming_bytes() + self._prompt_caches.reclaimable_bytes
         victims: list[Entry] = []
         for entry in evictable:
             if missing_bytes <= 0:
@@ -118,7 +135,13 @@ class Eviction:
             for entry in self._entries
             if entry.residency is not None and entry.residency.is_leaving
         )
+        leaving_bytes += self._prompt_caches.leaving_bytes
         return self._ledger.unclaimed_bytes + leaving_bytes
+
+    def _available_bytes(self, evictable: list[Entry]) -> int:
+        """What could be free if all of these left."""
+        reclaimable_bytes = self._prompt_caches.reclaimable_bytes
+        return self._coming_bytes() + reclaimable_bytes + self._held(evictable)
 
     def _held(self, entries: list[Entry]) -> int:
         return sum(self._ledger.held_by(entry.residency) for entry in entries)

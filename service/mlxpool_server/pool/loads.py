@@ -20,6 +20,7 @@ from mlxpool_server.errors import (
 from mlxpool_server.pool.backend import ModelLoader
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.eviction import Eviction
+from mlxpool_server.pool.prompt_caches import PromptCaches
 from mlxpool_server.pool.residency import Residency
 from mlxpool_server.pool.tasks import Tasks
 from mlxpool_server.pool.unloads import Unloads
@@ -35,16 +36,19 @@ class Loads:
 
     def __init__(
         self,
+        *,
         loader: ModelLoader,
         engine: Engine,
         eviction: Eviction,
         unloads: Unloads,
+        prompt_caches: PromptCaches,
         tasks: Tasks,
     ) -> None:
         self._loader = loader
         self._engine = engine
         self._eviction = eviction
         self._unloads = unloads
+        self._prompt_caches = prompt_caches
         self._tasks = tasks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         # Apart, so that a download keeps nobody from being loaded, or from being refused.
@@ -86,6 +90,8 @@ class Loads:
             self._unloads.schedule_expiry(entry)
             return
         log.warning("model.not_loaded", model=entry.spec.name, error=str(error))
+        if residency.state is ModelState.LOADING:
+            entry.activity.load_failed(entry.spec.name)
         await self._unloads.free(entry, residency, error)
         if residency.state is ModelState.FAILED and isinstance(error, LoadFailedError):
             entry.error_message = error.problem
@@ -108,21 +114,24 @@ class Loads:
     async def _bring_in(self, entry: Entry, residency: Residency) -> None:
         info = await self._fetch_and_inspect(entry, residency)
         _check_wanted(residency)
-        await self._eviction.make_room(residency, info.estimated_bytes)
+        await self._eviction.make_room(residency, info.load_bytes)
         _check_wanted(residency)
         residency.report(LoadProgress(LoadPhase.QUEUED, total_bytes=info.estimated_bytes))
         model = await self._read_weights(residency)
         _check_wanted(residency)
-        # Measured now: the estimate may have been wrong in either direction.
+        # Measured now: the estimate may have been wrong in either direction. The warm-up is over.
         await self._eviction.make_room(residency, model.resident_bytes)
         await self._attach(residency, model)
         residency.become_ready(model)
         entry.become_ready()
+        entry.activity.load_finished(entry.spec.name, residency.load_duration_s)
+        self._prompt_caches.top_up(entry.spec.name)
         log.info(
             "model.loaded",
             model=entry.spec.name,
             resident_bytes=model.resident_bytes,
             estimated_bytes=info.estimated_bytes,
+            estimate_error=_estimate_error(info, model),
             duration_s=round(residency.load_duration_s, 3),
             evicted=residency.evicted_models,
         )
@@ -158,6 +167,11 @@ class Loads:
             # The unload came while the engine took the model over.
             await self._engine.detach(name, error)
             raise
+
+
+def _estimate_error(info: ModelInfo, model: LoadedModel) -> float:
+    """By what share of itself the model is larger than was estimated; negative when smaller."""
+    return round(1 - info.estimated_bytes / max(1, model.resident_bytes), 4)
 
 
 async def _run_on(executor: ThreadPoolExecutor, call: Callable[[], None]) -> None:

@@ -39,20 +39,25 @@ class PoolMemory:
         """
         previous = self._limits()
         evicted: tuple[str, ...] = ()
-        self._device_memory.set_limits(limits)
+        # It may wait for a step to end.
+        await asyncio.to_thread(self._device_memory.set_limits, limits)
         try:
             if limits.pool_bytes is not None:
                 evicted = await self._pool.set_limit(limits.pool_bytes)
         except BaseException:
-            self._device_memory.set_limits(previous)
+            await asyncio.to_thread(self._device_memory.set_limits, previous)
             raise
         return LimitsChange(previous, self._limits(), evicted)
 
-    async def clear_buffers(self) -> int:
-        """Return freed buffers to the system; return how many bytes that were."""
-        before = self._device_memory.cache_bytes()
-        await asyncio.to_thread(self._device_memory.clear_cache)
-        return max(0, before - self._device_memory.cache_bytes())
+    async def clear(self, *, buffers: bool, prompts: bool) -> int:
+        """Return freed buffers to the system, forget earlier prompts; return the bytes freed."""
+        # Measured first: what prompts held becomes a freed buffer.
+        buffer_bytes = self._device_memory.cache_bytes()
+        freed = await self._pool.clear_prompt_caches() if prompts else 0
+        if buffers:
+            await asyncio.to_thread(self._device_memory.clear_cache)
+            freed += max(0, buffer_bytes - self._device_memory.cache_bytes())
+        return freed
 
     def reset_peak(self) -> int:
         """Return the peak so far and start it anew from what is active."""

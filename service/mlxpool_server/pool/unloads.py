@@ -12,6 +12,7 @@ from mlxpool_server.errors import MlxpoolError, ModelUnloadedError
 from mlxpool_server.pool.backend import DeviceMemory
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.ledger import Ledger
+from mlxpool_server.pool.prompt_caches import PromptCaches
 from mlxpool_server.pool.residency import Residency
 from mlxpool_server.pool.tasks import Tasks
 
@@ -23,16 +24,19 @@ class Unloads:
 
     def __init__(
         self,
+        *,
         engine: Engine,
         memory: DeviceMemory,
         ledger: Ledger,
         tasks: Tasks,
+        prompt_caches: PromptCaches,
         heartbeat_s: float,
     ) -> None:
         self._engine = engine
         self._memory = memory
         self._ledger = ledger
         self._tasks = tasks
+        self._prompt_caches = prompt_caches
         self._heartbeat_s = heartbeat_s
 
     def start(self, entry: Entry, error: MlxpoolError | None = None) -> None:
@@ -57,6 +61,7 @@ class Unloads:
             await asyncio.to_thread(self._memory.clear_cache)
         except Exception:  # the bytes are free all the same, and people wait
             log.exception("memory.clear_failed", model=entry.spec.name)
+        self._prompt_caches.release(entry.spec.name)
         self._ledger.release(residency)
         entry.residency = None
         if residency.state is ModelState.LOADING and error is not None:

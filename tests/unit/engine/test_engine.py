@@ -523,3 +523,36 @@ async def _assert_refuses(engine: Engine) -> None:
         await engine.detach("m", ModelUnloadedError("m"))
     assert engine._readers == {}
     assert engine._pending == {}
+
+
+async def test_a_message_that_takes_long_shows_like_a_step(running: RunningEngine) -> None:
+    """An engine that is stuck while it takes a model over does not look idle."""
+    is_building, may_build = threading.Event(), threading.Event()
+
+    class SlowModel(FakeModel):
+        def new_runner(self) -> FakeBatch:
+            is_building.set()
+            assert may_build.wait(PATIENCE_S)
+            return super().new_runner()
+
+    assert running.engine.step_age_s == 0.0
+    attaching = asyncio.ensure_future(running.engine.attach("slow", SlowModel()))
+    assert await asyncio.to_thread(is_building.wait, PATIENCE_S)
+    assert running.engine.step_age_s > 0.0
+    may_build.set()
+    await attaching
+    await running.settle()
+    assert running.engine.step_age_s == 0.0
+
+
+async def test_steps_are_added_up(running: RunningEngine) -> None:
+    """Over all stays of a model: a counter never falls."""
+    for _ in range(2):
+        await running.attach()
+        await running.submit("abc").finished()
+        await running.engine.detach("m", DrainingError(1.0))
+    totals = running.engine.step_totals("m")
+    # A step for the prompt, and one for each byte and the end.
+    assert totals.count == 2 * 5
+    assert totals.seconds > 0
+    assert running.engine.step_totals("nobody").count == 0

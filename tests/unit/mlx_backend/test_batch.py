@@ -24,9 +24,7 @@ STEPS = 24
 
 
 def load(folder: Path) -> MlxModel:
-    loader = MlxLoader(
-        max_batch_size=8, prefill_rows=8, prefill_step_tokens=16, default_layout=Layout.FLOAT32
-    )
+    loader = MlxLoader(prefill_step_tokens=16, default_layout=Layout.FLOAT32)
     return loader.load(ModelSpec("tiny", folder), lambda _: None, lambda: False)
 
 
@@ -87,7 +85,7 @@ def test_greedy_is_mlx_lms(folder: Path) -> None:
             batch.add(slot, PROMPTS[slot], GREEDY)
         for slot, token in batch.step().tokens:
             got[slot].append(token)
-        batch.remove([slot for slot in active if len(got[slot]) == STEPS and slot in batch._uid_of])
+        batch.remove([slot for slot in active if len(got[slot]) == STEPS])
         step += 1
         assert step < 200
     assert got == expected
@@ -98,8 +96,11 @@ def test_prefill_is_reported_in_chunks(batch: MlxBatch) -> None:
     """Prompt tokens so far, growing to the whole prompt; then tokens."""
     batch.add(7, list(range(40)), GREEDY)
     seen: list[int] = []
-    while not (output := batch.step()).tokens:
+    tokens: list[int] = []
+    while not tokens:
+        output = batch.step()
         seen += [done for slot, done in output.prefilled if slot == 7]
+        tokens += [token for slot, token in output.tokens if slot == 7]
     assert seen == sorted(seen)
     assert seen[0] == 16
     assert seen[-1] == 40

@@ -24,9 +24,7 @@ def footprint_of(architecture: str) -> Footprint:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_never_holds_more_than_its_footprint(architecture: str, tmp_path: Path) -> None:
     """Rows of all lengths together take at most what the footprint says, and not far less."""
-    loader = MlxLoader(
-        max_batch_size=8, prefill_rows=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32
-    )
+    loader = MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
     spec = ModelSpec("tiny", write_model(tmp_path / architecture, architecture))
     batch = loader.load(spec, lambda _: None, lambda: False).new_runner()
     footprint = footprint_of(architecture)
@@ -72,9 +70,7 @@ def test_a_batch_peaks_within_its_footprint(
 ) -> None:
     """The peak of prefill and decoding is at most what batch_bytes reserves for it."""
     spec = ModelSpec("tiny", write_model(tmp_path / architecture, architecture))
-    loader = MlxLoader(
-        max_batch_size=8, prefill_rows=8, prefill_step_tokens=512, default_layout=Layout.FLOAT32
-    )
+    loader = MlxLoader(prefill_step_tokens=512, default_layout=Layout.FLOAT32)
     batch = loader.load(spec, lambda _: None, lambda: False).new_runner()
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from structlog.testing import capture_logs
 
 from mlxpool_server.domain import HubSource, Layout, LoadPhase, LoadProgress, ModelSpec
 from mlxpool_server.errors import LoadFailedError
@@ -101,9 +102,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def loader() -> MlxLoader:
-    return MlxLoader(
-        max_batch_size=4, prefill_rows=4, prefill_step_tokens=16, default_layout=Layout.STORED
-    )
+    return MlxLoader(prefill_step_tokens=16, default_layout=Layout.STORED)
 
 
 def test_fetch_inspect_load(hub: Hub, loader: MlxLoader, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +117,8 @@ def test_fetch_inspect_load(hub: Hub, loader: MlxLoader, capfd: pytest.CaptureFi
     info = loader.inspect(spec)
     assert info is not None
     assert info.revision == COMMIT
-    model = loader.load(spec, lambda _: None, lambda: False)
+    with capture_logs():
+        model = loader.load(spec, lambda _: None, lambda: False)
     assert model.resident_bytes == info.estimated_bytes
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

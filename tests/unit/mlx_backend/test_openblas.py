@@ -21,7 +21,11 @@ from pathlib import Path
 from mlxpool_server.mlx_backend.openblas import load_openblas
 blas = load_openblas({arguments})
 """
-REPORT = "print(json.dumps(blas and dataclasses.asdict(blas), default=str))\n"
+# asdict() would copy the library's function.
+REPORT = (
+    "if blas: blas = dataclasses.replace(blas, set_threads=blas.set_threads and 'can be set')\n"
+    "print(json.dumps(blas and dataclasses.asdict(blas), default=str))\n"
+)
 
 
 def _has(distribution: str) -> bool:

@@ -147,6 +147,10 @@ class Play:
         self.wrong += house.ledger.violations
         for name, entry in house.pool._entries.items():
             residency = entry.residency
+            allotment = house.pool._prompt_caches._allotments.get(name)
+            kept = house.engine.stats(name).prompt_cache_bytes
+            if residency is not None and kept > house.ledger.held_by(allotment):
+                self.wrong.append(f"{name} keeps {kept} bytes of prompts that nobody holds")
             if residency is None:
                 continue
             if residency.num_leases > entry.num_leases:
@@ -158,12 +162,14 @@ class Play:
                 self.wrong.append(f"{name} was evicted under a lease")
 
 
-async def _play(actions: list[tuple[str, str, int]]) -> None:
+async def _play(actions: list[tuple[str, str, int]], prompt_cache_share: float = 0.0) -> None:
     files = {name: FakeFiles.of_size(SIZES[name]) for name in NAMES}
     # One whose estimate is too low, one whose estimate is too high.
     files["b"].model = FakeModel(resident_bytes=45)
     files["c"].model = FakeModel(resident_bytes=42)
-    async with running_house(files, limit_bytes=100, max_batch_size=2) as house:
+    async with running_house(
+        files, limit_bytes=100, max_batch_size=2, prompt_cache_share=prompt_cache_share
+    ) as house:
         play = Play(house)
         for action, name, number in actions:
             await play.act(action, name, number)
@@ -185,10 +191,12 @@ async def _assert_usable(house: House) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(ACTIONS, max_size=MAX_ACTIONS))
-def test_any_order_of_actions(actions: list[tuple[str, str, int]]) -> None:
+@given(st.lists(ACTIONS, max_size=MAX_ACTIONS), st.sampled_from([0.0, 0.3]))
+def test_any_order_of_actions(
+    actions: list[tuple[str, str, int]], prompt_cache_share: float
+) -> None:
     """Never over the limit, no evicted lease, no lost waiter, no leaked byte, every text right."""
-    asyncio.run(_play(actions))
+    asyncio.run(_play(actions, prompt_cache_share))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -201,5 +209,6 @@ async def test_many_actions(seed: int) -> None:
         [
             (dice.choice(kinds), dice.choice(NAMES), dice.randrange(1000))
             for _ in range(10 * MAX_ACTIONS)
-        ]
+        ],
+        prompt_cache_share=(seed % 3) / 4,
     )

@@ -94,8 +94,8 @@ async def test_a_limit_that_the_device_refuses(house: House) -> None:
 
 async def test_clear_buffers_tells_how_much(house: House, memory: PoolMemory) -> None:
     """It returns the bytes that went back to the system."""
-    assert await memory.clear_buffers() == 50
-    assert await memory.clear_buffers() == 0
+    assert await memory.clear(buffers=True, prompts=False) == 50
+    assert await memory.clear(buffers=True, prompts=False) == 0
     assert house.memory.num_clears == 2
 
 

@@ -1,0 +1,147 @@
+"""Rows that generate together, a token each a step.
+
+The step after the next is in the device's hands before the next one's tokens are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlxpool_server.mlx_backend.host_arrays import as_numpy
+from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
+from mlxpool_server.mlx_backend.row import Row
+from mlxpool_server.mlx_backend.sampling import host
+from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that was begun. With `logits` its tokens are to be chosen here."""
+
+    rows: tuple[Row, ...]
+    tokens: mx.array
+    logits: mx.array | None = None
+
+
+class Decode:
+    """Engine thread only."""
+
+    def __init__(self, model: LastRows, vocab_size: int, *, samples_on_host: bool) -> None:
+        """`samples_on_host`: what is more than the most likely token is left to numpy."""
+        self._model = model
+        self._vocab_size = vocab_size
+        self._samples_on_host = samples_on_host
+        self.rows: list[Row] = []
+        self._caches: list[Any] = []
+        # The tokens that go in next, of all rows: they may not be known here yet.
+        self._feed: mx.array | None = None
+        self._launched: _Launched | None = None
+        # None: its rows' state is known here and not on the device.
+        self._sampler: DeviceSampler | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self._caches)
+
+    def extend(self, rows: Sequence[Row], caches: list[Any]) -> None:
+        """Take in rows whose prompts are in `caches` and whose first token is `row.token`."""
+        if self.rows:
+            for mine, theirs in zip(self._caches, caches, strict=True):
+                mine.extend(theirs)
+        else:
+            self._caches = caches
+        self.rows = [*self.rows, *rows]
+        if self._feed is not None:
+            self._feed = mx.concatenate([self._feed, _as_array(rows)])
+        if self._sampler is not None:
+            self._sampler.extend([row.sampled for row in rows])
+
+    def remove(self, slots: frozenset[int], prefixes: PrefixCache) -> None:
+        """Free these rows before the next step; no harm for those that are not here.
+
+        What they leave behind is kept in `prefixes`.
+        """
+        fed = self._launched.rows if self._launched is not None else ()
+        for index, row in enumerate(self.rows):
+            if row.slot in slots:
+                known = row.generated if row in fed else row.generated[:-1]
+                prefixes.keep((*row.prompt, *known), self._caches, index)
+        kept = [index for index, row in enumerate(self.rows) if row.slot not in slots]
+        if len(kept) == len(self.rows):
+            return
+        if not kept:
+            self.clear()
+            return
+        for cache in self._caches:
+            cache.filter(kept)
+        self.rows = [self.rows[index] for index in kept]
+        if self._feed is not None:
+            self._feed = self._feed[mx.array(kept, dtype=mx.int32)]
+        if self._sampler is not None:
+            self._sampler.keep(kept)
+
+    def clear(self) -> None:
+        self.rows = []
+        self._caches = []
+        self._feed = self._launched = self._sampler = None
+
+    def settle(self) -> None:
+        """Wait for what was launched ahead."""
+        if self._launched is not None:
+            mx.eval(self._launched.tokens, self._launched.logits)
+
+    def step(self) -> list[tuple[int, int]]:
+        """Launch a step; return what the one before gave: (slot, token), none at first."""
+        launched = self._launched
+        if self._samples_here() or (launched is not None and launched.logits is not None):
+            tokens = self._read(launched)
+            # All that was decided is known here now.
+            self._feed = self._sampler = None
+            self._launch()
+            return tokens
+        self._launch()
+        return self._read(launched)
+
+    def _samples_here(self) -> bool:
+        return self._samples_on_host and not all(row.sampled.is_plain_greedy for row in self.rows)
+
+    def _launch(self) -> None:
+        feed = _as_array(self.rows) if self._feed is None else self._feed
+        logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
+        rows = tuple(self.rows)
+        if self._samples_here():
+            self._launched = _Launched(rows, feed, logits=logits.astype(mx.float32))
+            mx.async_eval(self._launched.logits)  # type: ignore[no-untyped-call]
+            return
+        if self._sampler is None:
+            self._sampler = DeviceSampler(self._vocab_size)
+            self._sampler.extend([row.sampled for row in rows])
+        self._feed = self._sampler.sample(logits)
+        self._launched = _Launched(rows, tokens=self._feed)
+        mx.async_eval(self._feed)  # type: ignore[no-untyped-call]
+
+    def _read(self, launched: _Launched | None) -> list[tuple[int, int]]:
+        """Wait for a step; what its rows that left meanwhile would have said is dropped."""
+        if launched is None:
+            return []
+        here = set(self.rows)
+        places = [place for place, row in enumerate(launched.rows) if row in here]
+        rows = [launched.rows[place] for place in places]
+        if launched.logits is not None:
+            logits = as_numpy(launched.logits)[places]
+            tokens = host.sample(logits, [row.sampled for row in rows])
+        else:
+            told = as_numpy(launched.tokens)
+            tokens = [int(told[place]) for place in places]
+        for row, token in zip(rows, tokens, strict=True):
+            row.accept(token)
+        return [(row.slot, row.token) for row in rows]
+
+
+def _as_array(rows: Sequence[Row]) -> mx.array:
+    return mx.array([row.token for row in rows], dtype=mx.uint32)

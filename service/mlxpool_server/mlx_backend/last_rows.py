@@ -1,0 +1,58 @@
+"""The language head on the rows that are sampled, and on no others.
+
+A prompt of 500 tokens needs the logits of its last token; a model's own forward pass computes
+all 500 rows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class LastRows:
+    """Runs a model, whose head it has taught to look at the last rows only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # Which token of each row, while a pass is being built.
+        self._last: mx.array | None = None
+        for module in model.modules():
+            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+                # A model without a head of its own uses its embedding.
+                _teach(module, self, "as_linear")
+            head = module.get("lm_head")
+            if isinstance(head, nn.Module):
+                _teach(head, self, "__call__")
+
+    def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
+        """Logits of the last of each row's `counts` tokens: (rows, vocabulary)."""
+        if tokens.shape[1] == 1:
+            logits: mx.array = self.model(tokens, cache=caches)
+            return logits[:, -1]
+        self._last = mx.array([count - 1 for count in counts], dtype=mx.int32)
+        try:
+            # A model whose head was not found gives all of them.
+            return self.pick(self.model(tokens, cache=caches))[:, -1]
+        finally:
+            self._last = None
+
+    def pick(self, hidden: mx.array) -> mx.array:
+        """Of (rows, tokens, size) each row's last token: (rows, 1, size)."""
+        if self._last is None or hidden.ndim != 3 or hidden.shape[1] == 1:  # noqa: PLR2004
+            return hidden
+        return mx.take_along_axis(hidden, self._last[:, None, None], axis=1)
+
+
+def _teach(head: nn.Module, rows: LastRows, method: str) -> None:
+    """Make `head` pick its rows first; everything else about it stays."""
+    original = type(head)
+
+    def picking(self: nn.Module, hidden: mx.array) -> mx.array:
+        logits: mx.array = getattr(original, method)(self, rows.pick(hidden))
+        return logits
+
+    head.__class__ = type(original.__name__, (original,), {method: picking})

@@ -1,0 +1,95 @@
+"""What a model folder's JSON files and headers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mlxpool_server.errors import LoadFailedError
+from mlxpool_server.mlx_backend.model_size import TensorHeader, read_headers
+
+INT32_MAX = 2**31 - 1
+
+
+def read_config(name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadFailedError(name, "its folder has no config.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"its config.json cannot be read: {one_line(error)}"
+        raise LoadFailedError(name, problem) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise LoadFailedError(name, "its config.json has no model_type")
+    if config.get("model_file") is not None:
+        raise LoadFailedError(name, "it brings its own code (model_file), which is never run")
+    return config
+
+
+def headers_of(name: str, folder: Path, config: dict[str, Any]) -> list[TensorHeader]:
+    """The tensors that become weights, of one folder. Raises: LoadFailedError."""
+    try:
+        return _kept(read_headers(folder), config)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadFailedError(name, f"its weights cannot be read: {one_line(error)}") from error
+
+
+def _kept(headers: list[TensorHeader], config: dict[str, Any]) -> list[TensorHeader]:
+    """Without an output layer that the config says is the embedding: mlx-lm drops it."""
+    if config.get("tie_word_embeddings") is not True:
+        return headers
+    return [header for header in headers if not header.name.startswith("lm_head.")]
+
+
+def eos_token_ids(folder: Path, config: dict[str, Any]) -> object:
+    """generation_config.json's, which is the more careful one, or config.json's."""
+    try:
+        text = (folder / "generation_config.json").read_text(encoding="utf-8")
+        generation = json.loads(text)
+        return generation["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return config.get("eos_token_id")
+
+
+def has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return bool(config.get("chat_template") or config.get("chat_template_type"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Empty: the weights are not quantised."""
+    return _section(config, "quantization") or _section(config, "quantization_config")
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def first_int(config: dict[str, Any], *keys: str) -> int:
+    """The first of these keys, here or in `text_config`, that is a positive number; else 0."""
+    for source in (config, _section(config, "text_config")):
+        for key in keys:
+            value = source.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return min(value, INT32_MAX)
+    return 0
+
+
+def describe_quantization(quantization: dict[str, Any]) -> str:
+    if "bits" not in quantization:
+        return ""
+    return f"{quantization['bits']}-bit, group {quantization.get('group_size')}"
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:500] or type(error).__name__

@@ -1,0 +1,167 @@
+"""What earlier prompts and answers left in a model's caches, for prompts that begin the same.
+
+A tree of segments. A segment holds, for each layer, the keys and values of some tokens, and begins
+where its parent's tokens stop being shared. Layers whose state cannot be cut (windows, recurrent
+ones) are kept as they were at a segment's end, so with them only whole segments count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlxpool_server.mlx_backend.row_cache import join_pieces, piece_of
+
+# Shorter ones cost more to keep than to compute again.
+MIN_SEGMENT_TOKENS = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Segment:
+    tokens: tuple[int, ...]
+    # One a layer.
+    pieces: list[Any]
+    parent: _Segment | None
+    # How many of the parent's tokens come before this one's.
+    offset: int = 0
+    children: list[_Segment] = field(default_factory=list)
+    used_at: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+class PrefixCache:
+    """Engine thread only. One model's; never larger than its limit."""
+
+    def __init__(self) -> None:
+        self._root = _Segment((), [], None)
+        self._limit_bytes = 0
+        self._nbytes = 0
+        self._uses = itertools.count(1)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def is_on(self) -> bool:
+        return self._limit_bytes > 0
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Drop what is above it, least recently used first."""
+        self._limit_bytes = limit_bytes
+        self._shrink_to(limit_bytes)
+
+    def clear(self) -> None:
+        self._shrink_to(0)
+
+    def count(self, prompt: Sequence[int]) -> int:
+        """How many of the prompt's first tokens `find` would give."""
+        num_tokens = sum(count for _, count in self._path(prompt[:-1]))
+        return num_tokens if num_tokens >= MIN_SEGMENT_TOKENS else 0
+
+    def find(self, prompt: Sequence[int]) -> tuple[int, list[Any] | None]:
+        """How many of the prompt's first tokens are here, and caches of one row that hold them.
+
+        At least the last token is left: its logits have to be computed.
+        """
+        path = self._path(prompt[:-1])
+        num_tokens = sum(count for _, count in path)
+        if num_tokens < MIN_SEGMENT_TOKENS:
+            return 0, None
+        self._touch(path)
+        layers = zip(*(segment.pieces for segment, _ in path), strict=True)
+        counts = [count for _, count in path]
+        return num_tokens, [join_pieces(pieces, counts) for pieces in layers]
+
+    def keep(self, tokens: Sequence[int], caches: list[Any], row: int) -> None:
+        """Remember what a row of a batch's caches holds of these tokens: all that it was fed."""
+        if not self.is_on:
+            return
+        path = self._path(tokens)
+        self._touch(path)
+        start = sum(count for _, count in path)
+        if len(tokens) - start < MIN_SEGMENT_TOKENS:
+            return
+        pieces = [piece_of(cache, row, start, len(tokens)) for cache in caches]
+        parent, offset = path[-1] if path else (self._root, 0)
+        segment = _Segment(tuple(tokens[start:]), pieces, parent, offset, used_at=next(self._uses))
+        if not self._make_room(segment.nbytes, path):
+            return
+        # Without waiting: until it is done, the copy keeps the whole batch's caches alive.
+        arrays = [array for piece in pieces for array in piece.arrays]
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        parent.children.append(segment)
+        self._nbytes += segment.nbytes
+
+    def _path(self, tokens: Sequence[int]) -> list[tuple[_Segment, int]]:
+        """The segments that these tokens run through, and how many of each one's they share."""
+        path: list[tuple[_Segment, int]] = []
+        segment, count, start = self._root, 0, 0
+        while found := self._longest(segment.children, count, tokens[start:]):
+            segment, count = found
+            path.append(found)
+            start += count
+        return path
+
+    def _longest(
+        self, children: Sequence[_Segment], offset: int, tokens: Sequence[int]
+    ) -> tuple[_Segment, int] | None:
+        shared = [
+            (child, _shared(child.tokens, tokens))
+            for child in children
+            if child.offset == offset and tokens and child.tokens[0] == tokens[0]
+        ]
+        usable = [
+            (child, count)
+            for child, count in shared
+            if count == len(child.tokens) or _can_be_cut(child)
+        ]
+        return max(usable, key=lambda each: each[1], default=None)
+
+    def _touch(self, path: list[tuple[_Segment, int]]) -> None:
+        for segment, _ in path:
+            segment.used_at = next(self._uses)
+
+    def _make_room(self, num_bytes: int, path: list[tuple[_Segment, int]]) -> bool:
+        """Whether so much more fits now; what it would hang on has to stay."""
+        kept = {id(segment) for segment, _ in path}
+        if num_bytes + sum(segment.nbytes for segment, _ in path) > self._limit_bytes:
+            return False
+        self._shrink_to(self._limit_bytes - num_bytes, kept)
+        return self._nbytes + num_bytes <= self._limit_bytes
+
+    def _shrink_to(self, limit_bytes: int, kept: frozenset[int] | set[int] = frozenset()) -> None:
+        while self._nbytes > limit_bytes:
+            leaves = [leaf for leaf in self._leaves(self._root) if id(leaf) not in kept]
+            if not leaves:
+                return
+            oldest = min(leaves, key=lambda leaf: leaf.used_at)
+            if oldest.parent is not None:
+                oldest.parent.children.remove(oldest)
+            self._nbytes -= oldest.nbytes
+
+    def _leaves(self, segment: _Segment) -> Iterator[_Segment]:
+        for child in segment.children:
+            if child.children:
+                yield from self._leaves(child)
+            else:
+                yield child
+
+
+def _can_be_cut(segment: _Segment) -> bool:
+    return all(piece.can_be_cut for piece in segment.pieces)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many of their first tokens are the same."""
+    length = min(len(first), len(second))
+    if tuple(first[:length]) == tuple(second[:length]):
+        return length
+    return next(index for index in range(length) if first[index] != second[index])

@@ -1,0 +1,34 @@
+"""One sequence in a model's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxpool_server.mlx_backend.sampling.row import SampledRow
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """`slot` is the engine's name for it."""
+
+    slot: int
+    prompt: tuple[int, ...]
+    sampled: SampledRow
+    # Prompt tokens that are in its cache.
+    num_done: int = 0
+    # Those of them that were there before it came.
+    num_cached: int = 0
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.prompt) - self.num_done
+
+    @property
+    def token(self) -> int:
+        """The last one that was generated."""
+        return self.generated[-1]
+
+    def accept(self, token: int) -> None:
+        self.generated.append(token)
+        self.sampled.accept(token)

@@ -1,0 +1,120 @@
+"""Sampling in numpy: for a CPU, where MLX has no vectorised exp and no fast sort.
+
+A softmax over 49,152 words takes MLX 755 us a row and numpy 45 us on the same core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxpool_server.mlx_backend.sampling.row import SampledRow
+
+Floats = NDArray[np.float32]
+
+# Words whose probabilities are added up before one is looked for among them.
+_GROUP = 256
+
+
+def sample(logits: Floats, rows: Sequence[SampledRow]) -> list[int]:
+    """One token a row; `logits` has shape (rows, vocabulary)."""
+    return [_sample_row(logits[index], row) for index, row in enumerate(rows)]
+
+
+def _sample_row(logits: Floats, row: SampledRow) -> int:
+    logits = _adjusted(logits, row)
+    if row.is_greedy:
+        return int(logits.argmax())
+    number, xtc_strikes = row.next_draw()
+    logits = logits - logits.max()
+    weights = np.exp(logits)
+    kept = _kept(weights, row, xtc_strikes=xtc_strikes) if row.is_filtered else None
+    if row.temperature != 1.0:
+        weights = np.exp(logits / np.float32(row.temperature))
+    if kept is not None:
+        weights = np.where(kept, weights, np.float32(0))
+    return pick(weights, number)
+
+
+def _adjusted(logits: Floats, row: SampledRow) -> Floats:
+    """With bias and penalties; the model's own logits stay as they are."""
+    params = row.params
+    if not params.logit_bias and not row.context:
+        return logits
+    logits = logits.copy()
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += np.array(
+            list(params.logit_bias.values()), dtype=np.float32
+        )
+    if row.context:
+        words, counts = np.unique(row.context, return_counts=True)
+        own = logits[words]
+        penalty = np.float32(params.repetition_penalty)
+        own = np.where(own < 0, own * penalty, own / penalty)
+        own -= np.float32(params.presence_penalty)
+        own -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+        logits[words] = own
+    return logits
+
+
+def _kept(weights: Floats, row: SampledRow, *, xtc_strikes: bool) -> NDArray[np.bool_]:
+    """Which words the filters leave; `weights` are probabilities over the likeliest one's."""
+    params = row.params
+    floor = np.float32(params.min_p)
+    if params.top_p < 1.0:
+        floor = max(floor, top_p_floor(weights, params.top_p))
+    kept = weights >= floor
+    if xtc_strikes:
+        limit = np.float32(params.xtc_threshold) * weights[kept].sum()
+        choices = weights[kept & (weights > limit)]
+        if choices.size:
+            kept &= weights <= choices.min()
+    if row.top_k:
+        _keep_largest(kept, weights, row.top_k)
+    return kept
+
+
+def _keep_largest(kept: NDArray[np.bool_], weights: Floats, count: int) -> None:
+    """Of the kept words leave the `count` likeliest; of equal ones the first."""
+    left = weights[kept]
+    if left.size <= count:
+        return
+    last = np.partition(left, left.size - count)[left.size - count]
+    tied = np.flatnonzero(kept & (weights == last))
+    kept &= weights >= last
+    kept[tied[count - int((left > last).sum()) :]] = False
+
+
+def top_p_floor(weights: Floats, top_p: float) -> np.float32:
+    """The smallest weight among the largest ones that together have `top_p` of the mass.
+
+    Exact without sorting everything: positive floats order as their bits do, so the weights are
+    added up by their upper 16 bits, and only the words of one such class are sorted.
+    """
+    classes = weights.view(np.uint32) >> 16
+    masses = np.bincount(classes, weights=weights)
+    mass_down_to = np.cumsum(masses[::-1])
+    target = top_p * mass_down_to[-1]
+    place = min(int(np.searchsorted(mass_down_to, target)), masses.size - 1)
+    members = np.sort(weights[classes == masses.size - 1 - place])[::-1]
+    above = mass_down_to[place - 1] if place else 0.0
+    last = int(np.searchsorted(above + np.cumsum(members, dtype=np.float64), target))
+    return np.float32(members[min(last, members.size - 1)])
+
+
+def pick(weights: Floats, number: float) -> int:
+    """The word at which the running sum of the weights reaches `number` of their total."""
+    starts = np.arange(0, weights.size, _GROUP)
+    reached = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
+    target = number * reached[-1]
+    group = min(int(np.searchsorted(reached, target)), starts.size - 1)
+    members = weights[starts[group] : starts[group] + _GROUP]
+    missing = target - (reached[group - 1] if group else 0.0)
+    inside = np.cumsum(members, dtype=np.float64)
+    word = int(np.searchsorted(inside, missing))
+    if word >= members.size:
+        # Rounding: the group's sum in single precision was a little more than its members'.
+        word = int(np.flatnonzero(members)[-1])
+    return int(starts[group]) + word
