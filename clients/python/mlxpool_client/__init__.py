@@ -29,6 +29,7 @@ from mlxpool_client.errors import (
     BadConstraintError,
     CapabilityMissingError,
     DeadlineError,
+    DeadlineUnmeetableError,
     DrainingError,
     FieldViolation,
     GenerationCancelledError,
@@ -51,6 +52,8 @@ from mlxpool_client.errors import (
     PreconditionError,
     PromptTooLongError,
     QueueFullError,
+    QueueTimeoutError,
+    RateLimitedError,
     ResourceExhaustedError,
     ServerError,
     UnavailableError,
@@ -74,11 +77,13 @@ from mlxpool_client.models import (
     LoadFinished,
     LoadProgress,
     Model,
+    ModelActivity,
     ServerInfo,
     Tokenization,
     Unloaded,
 )
 from mlxpool_client.requests import GenerateOptions, LoadOptions
+from mlxpool_client.security import Tls
 from mlxpool_client.streams import EventStream, Generation, Loading
 
 __all__ = [
@@ -96,6 +101,7 @@ __all__ = [
     "ChatMessage",
     "Client",
     "DeadlineError",
+    "DeadlineUnmeetableError",
     "Delta",
     "DrainingError",
     "EventStream",
@@ -126,6 +132,7 @@ __all__ = [
     "MemoryUsage",
     "MlxpoolError",
     "Model",
+    "ModelActivity",
     "ModelInUseError",
     "ModelMemory",
     "ModelNotFoundError",
@@ -140,12 +147,15 @@ __all__ = [
     "Progress",
     "PromptTooLongError",
     "QueueFullError",
+    "QueueTimeoutError",
+    "RateLimitedError",
     "ResourceExhaustedError",
     "Role",
     "ServerError",
     "ServerInfo",
     "Started",
     "Timings",
+    "Tls",
     "TokenCandidate",
     "TokenLogprob",
     "TokenUsage",

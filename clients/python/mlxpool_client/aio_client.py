@@ -22,6 +22,13 @@ from mlxpool_client.errors import UnavailableError
 from mlxpool_client.fold import MemoryFold
 from mlxpool_client.memory import LimitsChange, MemoryLimits, MemoryUsage
 from mlxpool_client.models import Model, ServerInfo, Tokenization, Unloaded
+from mlxpool_client.security import (
+    Metadata,
+    Tls,
+    channel_credentials,
+    check_key_is_safe,
+    key_metadata,
+)
 from mlxpool_client.status import error_from
 
 RequestT_contra = TypeVar("RequestT_contra", contravariant=True)
@@ -32,7 +39,12 @@ class UnaryMethod(Protocol[RequestT_contra, ResponseT_co]):
     """What the stubs' unary methods look like."""
 
     def __call__(
-        self, request: RequestT_contra, *, timeout: float | None, wait_for_ready: bool | None
+        self,
+        request: RequestT_contra,
+        *,
+        timeout: float | None,
+        metadata: Metadata,
+        wait_for_ready: bool | None,
     ) -> Awaitable[ResponseT_co]: ...
 
 
@@ -49,6 +61,8 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         wait_for_ready: bool = False,
+        tls: Tls | bool | None = None,
+        api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
@@ -56,10 +70,14 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._wait_for_ready = wait_for_ready
         self._owns_channel = channel is None
+        self._metadata = key_metadata(api_key)
+        secrets = channel_credentials(tls, credentials)
+        if api_key is not None and channel is None:
+            check_key_is_safe(target, tls, is_secure=secrets is not None)
         if channel is None:
             # Without a running loop gRPC would bind the channel to one that never runs.
             asyncio.get_running_loop()
-            channel = open_aio_channel(target, credentials)
+            channel = open_aio_channel(target, secrets)
         self._channel = channel
         self._models = model_rpc.ModelServiceStub(self._channel)
         self._memory = memory_rpc.MemoryServiceStub(self._channel)
@@ -110,7 +128,10 @@ class AsyncClient:
         """
         request = requests.generate_request(model, prompt, **options)
         call = self._models.Generate(
-            request, timeout=self._deadline(timeout_s), wait_for_ready=self._wait_for_ready
+            request,
+            timeout=self._deadline(timeout_s),
+            metadata=self._metadata,
+            wait_for_ready=self._wait_for_ready,
         )
         return AsyncGeneration(call)
 
@@ -201,6 +222,7 @@ class AsyncClient:
         call = self._models.LoadModel(
             requests.load_request(model, **options),
             timeout=self._deadline(timeout_s),
+            metadata=self._metadata,
             wait_for_ready=self._wait_for_ready,
         )
         return AsyncLoading(call)
@@ -239,7 +261,7 @@ class AsyncClient:
             interval=optional_duration(interval_s, "interval_s")
         )
         call = self._memory.WatchMemoryUsage(
-            request, timeout=timeout_s, wait_for_ready=self._wait_for_ready
+            request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=self._wait_for_ready
         )
         return AsyncEventStream(call, MemoryFold())
 
@@ -282,7 +304,10 @@ class AsyncClient:
     ) -> ResponseT_co:
         try:
             return await method(
-                request, timeout=self._deadline(timeout_s), wait_for_ready=self._wait_for_ready
+                request,
+                timeout=self._deadline(timeout_s),
+                metadata=self._metadata,
+                wait_for_ready=self._wait_for_ready,
             )
         except grpc.RpcError as error:
             raise error_from(error) from error

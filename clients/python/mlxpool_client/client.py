@@ -20,6 +20,13 @@ from mlxpool_client.errors import UnavailableError
 from mlxpool_client.fold import MemoryFold
 from mlxpool_client.memory import LimitsChange, MemoryLimits, MemoryUsage
 from mlxpool_client.models import Model, ServerInfo, Tokenization, Unloaded
+from mlxpool_client.security import (
+    Metadata,
+    Tls,
+    channel_credentials,
+    check_key_is_safe,
+    key_metadata,
+)
 from mlxpool_client.status import error_from
 from mlxpool_client.streams import EventStream, Generation, Loading
 
@@ -31,7 +38,12 @@ class UnaryMethod(Protocol[RequestT_contra, ResponseT_co]):
     """What the stubs' unary methods look like."""
 
     def __call__(
-        self, request: RequestT_contra, *, timeout: float | None, wait_for_ready: bool | None
+        self,
+        request: RequestT_contra,
+        *,
+        timeout: float | None,
+        metadata: Metadata,
+        wait_for_ready: bool | None,
     ) -> ResponseT_co: ...
 
 
@@ -40,8 +52,10 @@ class Client:
 
     target: "host:port" or "unix:path". timeout_s: the deadline of every call that does not name
     its own; None = wait as long as it takes. wait_for_ready: calls wait for the server to come
-    up, up to their deadline, instead of failing after about a second. credentials: for TLS.
-    channel: use this channel instead of making one; it stays the caller's to close.
+    up, up to their deadline, instead of failing after about a second. tls: True, or Tls with the
+    files to use; False = plaintext, even for a key to another machine. api_key: sent with every
+    call. credentials: gRPC's own, instead of tls. channel: use this channel instead of making one;
+    it stays the caller's to close.
 
     Calls raise MlxpoolError and its kinds. UNAVAILABLE is retried up to three times, and only
     as long as no message has arrived: an answer never starts twice.
@@ -53,6 +67,8 @@ class Client:
         *,
         timeout_s: float | None = None,
         wait_for_ready: bool = False,
+        tls: Tls | bool | None = None,
+        api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
@@ -60,7 +76,11 @@ class Client:
         self._timeout_s = timeout_s
         self._wait_for_ready = wait_for_ready
         self._owns_channel = channel is None
-        self._channel = channel if channel is not None else open_channel(target, credentials)
+        self._metadata = key_metadata(api_key)
+        secrets = channel_credentials(tls, credentials)
+        if api_key is not None and channel is None:
+            check_key_is_safe(target, tls, is_secure=secrets is not None)
+        self._channel = channel if channel is not None else open_channel(target, secrets)
         self._models = model_rpc.ModelServiceStub(self._channel)
         self._memory = memory_rpc.MemoryServiceStub(self._channel)
 
@@ -116,7 +136,10 @@ class Client:
         """
         request = requests.generate_request(model, prompt, **options)
         call = self._models.Generate(
-            request, timeout=self._deadline(timeout_s), wait_for_ready=self._wait_for_ready
+            request,
+            timeout=self._deadline(timeout_s),
+            metadata=self._metadata,
+            wait_for_ready=self._wait_for_ready,
         )
         return Generation(call)
 
@@ -210,6 +233,7 @@ class Client:
         call = self._models.LoadModel(
             requests.load_request(model, **options),
             timeout=self._deadline(timeout_s),
+            metadata=self._metadata,
             wait_for_ready=self._wait_for_ready,
         )
         return Loading(call)
@@ -252,7 +276,7 @@ class Client:
             interval=optional_duration(interval_s, "interval_s")
         )
         call = self._memory.WatchMemoryUsage(
-            request, timeout=timeout_s, wait_for_ready=self._wait_for_ready
+            request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=self._wait_for_ready
         )
         return EventStream(call, MemoryFold())
 
@@ -294,7 +318,10 @@ class Client:
     ) -> ResponseT_co:
         try:
             return method(
-                request, timeout=self._deadline(timeout_s), wait_for_ready=self._wait_for_ready
+                request,
+                timeout=self._deadline(timeout_s),
+                metadata=self._metadata,
+                wait_for_ready=self._wait_for_ready,
             )
         except grpc.RpcError as error:
             raise error_from(error) from error

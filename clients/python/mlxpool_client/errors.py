@@ -121,6 +121,10 @@ class PoolMemoryLimitError(ResourceExhaustedError, MemoryError):
         return int(text) if text.isdecimal() else None
 
 
+class RateLimitedError(ResourceExhaustedError):
+    """The API key is over its own limit; `retry_after_s` says when to come back."""
+
+
 class AbortedError(MlxpoolError):
     """Somebody else's call ended this one."""
 
@@ -139,6 +143,14 @@ class UnavailableError(MlxpoolError, ConnectionError):
 
 class QueueFullError(UnavailableError):
     """Too many requests wait already; `retry_after_s` says when to come back."""
+
+
+class QueueTimeoutError(UnavailableError, TimeoutError):
+    """The request waited longer for its turn than the server lets it, and never ran."""
+
+
+class DeadlineUnmeetableError(UnavailableError, TimeoutError):
+    """Refused at once: the queue is longer than `timeout_s`; `retry_after_s` says how long."""
 
 
 class DrainingError(UnavailableError):

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelActivity:
+    """What a model has done since its server started; the difference of two is a rate."""
+
+    finished_generations: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    # Those of running generations included.
+    completion_tokens: int = 0
+    # Generations that had a first token, and how long all of them waited for it, together.
+    first_tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    loads: int = 0
+    failed_loads: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model that the server has, loaded or not; `name` is what requests put in `model`."""
 
@@ -44,6 +61,7 @@ class Model:
     expire_time: datetime | None = None
     aliases: tuple[str, ...] = ()
     available_adapters: tuple[str, ...] = ()
+    activity: ModelActivity = ModelActivity()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from mlxpool_server.pool.tokenizers import Tokenizers
 T = TypeVar("T")
 
 
-# A template that never ends keeps its thread; only other prompts wait behind it.
+# A slow template keeps its thread until its time is up; only other prompts wait behind it.
 MAX_THREADS = 4
 
 
@@ -36,8 +36,12 @@ class PromptReader:
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="prompts")
 
     def close(self) -> None:
-        """Wait for nobody: a template may never end."""
+        """Wait for nobody: a template may still take its time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def forget(self, name: str) -> None:
+        """Read the model's tokenizer anew when it is needed next."""
+        self._tokenizers.forget(name)
 
     async def tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""

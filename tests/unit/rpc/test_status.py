@@ -68,6 +68,28 @@ EXAMPLES: dict[type[errors.MlxpoolError], tuple[errors.MlxpoolError, CODE, str]]
     ),
     errors.QueueFullError: (errors.QueueFullError(3, 1.5), CODE.UNAVAILABLE, "QUEUE_FULL"),
     errors.DrainingError: (errors.DrainingError(1.5), CODE.UNAVAILABLE, "DRAINING"),
+    errors.QueueTimeoutError: (
+        errors.QueueTimeoutError(30.0, 1.5), CODE.UNAVAILABLE, "QUEUE_TIMEOUT",
+    ),
+    errors.DeadlineUnmeetableError: (
+        errors.DeadlineUnmeetableError(1.0, 60.0), CODE.UNAVAILABLE, "DEADLINE_UNMEETABLE",
+    ),
+    errors.ApiKeyMissingError: (
+        errors.ApiKeyMissingError(), CODE.UNAUTHENTICATED, "API_KEY_MISSING",
+    ),
+    errors.ApiKeyInvalidError: (
+        errors.ApiKeyInvalidError(), CODE.UNAUTHENTICATED, "API_KEY_INVALID",
+    ),
+    errors.RoleMissingError: (
+        errors.RoleMissingError("a", "LoadModel", ("admin",)),
+        CODE.PERMISSION_DENIED, "ROLE_MISSING",
+    ),
+    errors.RateLimitedError: (
+        errors.RateLimitedError("a", 60, 1.5), CODE.RESOURCE_EXHAUSTED, "RATE_LIMITED",
+    ),
+    errors.TooManyStreamsError: (
+        errors.TooManyStreamsError("a", 4, 1.5), CODE.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS",
+    ),
 }  # fmt: skip
 # Raised before there is a server to answer.
 AT_START = {errors.SettingsError, errors.DemoModelError, errors.AddressUnavailableError}
@@ -112,7 +134,10 @@ def test_status(error: errors.MlxpoolError, code: grpc.StatusCode, reason: str) 
     assert (info.domain, info.reason) == ("mlxpool", reason)
 
 
-@pytest.mark.parametrize("error", [errors.QueueFullError(3, 1.5), errors.DrainingError(1.5)])
+@pytest.mark.parametrize(
+    "error",
+    [errors.QueueFullError(3, 1.5), errors.DrainingError(1.5), errors.QueueTimeoutError(9.0, 1.5)],
+)
 def test_retry(error: errors.MlxpoolError) -> None:
     """RetryInfo for people, the pushback trailer for grpc's own retries."""
     status = status_of(error)
@@ -121,6 +146,34 @@ def test_retry(error: errors.MlxpoolError) -> None:
     assert details.details[1].Unpack(info)
     assert info.retry_delay.ToMilliseconds() == 1500
     assert dict(status.trailing_metadata())["grpc-retry-pushback-ms"] == "1500"
+
+
+def test_a_deadline_that_cannot_be_met_is_not_retried() -> None:
+    """RetryInfo says how long the queue is; the pushback tells grpc to give up at once."""
+    status = status_of(errors.DeadlineUnmeetableError(1.0, 60.0))
+    details, _ = details_of(status)
+    info = details_pb.RetryInfo()
+    assert details.details[1].Unpack(info)
+    assert info.retry_delay.ToMilliseconds() == 60_000
+    assert dict(status.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
+
+
+@pytest.mark.parametrize(
+    ("error", "fact"),
+    [
+        (errors.RateLimitedError("web", 60, 1.5), ("requestsPerMinute", "60")),
+        (errors.TooManyStreamsError("web", 4, 1.5), ("maxStreams", "4")),
+    ],
+)
+def test_a_keys_limit(error: errors.MlxpoolError, fact: tuple[str, str]) -> None:
+    """QuotaFailure names the key, RetryInfo says when to come back, ErrorInfo has the limit."""
+    details, _ = details_of(status_of(error))
+    info, quota, retry = details_pb.ErrorInfo(), details_pb.QuotaFailure(), details_pb.RetryInfo()
+    unpacked = zip(details.details, (info, quota, retry), strict=True)
+    assert all(packed.Unpack(detail) for packed, detail in unpacked)
+    assert quota.violations[0].subject == "key:web"
+    assert retry.retry_delay.ToMilliseconds() == 1500
+    assert fact in info.metadata.items()
 
 
 def test_unknown_error_is_internal() -> None:

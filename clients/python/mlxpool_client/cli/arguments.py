@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mlxpool_client.cli.exits import CommandError, ExitCode
 from mlxpool_client.cli.quantities import duration_s, keep_alive_s
+from mlxpool_client.client import Client
 from mlxpool_client.requests import GenerateOptions
+from mlxpool_client.security import Tls
 
 if TYPE_CHECKING:
-    from mlxpool_client.client import Client
     from mlxpool_client.models import Model
 
 
@@ -22,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def connection_options(target: str | None, timeout_s: str | None) -> Parser:
-    """Return --target and --timeout, to be understood before and after the command.
+    """Return the options of the connection, to be understood before and after the command.
 
     argparse.SUPPRESS as a default leaves what was given before the command alone.
     """
@@ -40,7 +43,58 @@ def connection_options(target: str | None, timeout_s: str | None) -> Parser:
         default=timeout_s,
         help="give up after this long; default: never",
     )
+    _add_security_options(parser, default=None if target is not argparse.SUPPRESS else target)
     return parser
+
+
+def _add_security_options(parser: argparse.ArgumentParser, default: str | None) -> None:
+    group = parser.add_argument_group("security")
+    group.add_argument(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help="talk TLS; --no-tls: plaintext, even with a key; default: $MLXPOOL_TLS (1 or 0)",
+    )
+    files = {
+        "--ca": "trust these authorities (PEM), not the system's; default: $MLXPOOL_CA",
+        "--cert": "the client's own certificate (PEM); default: $MLXPOOL_CLIENT_CERT",
+        "--key": "the key of --cert (PEM); default: $MLXPOOL_CLIENT_KEY",
+        "--api-key-file": "send the API key in this file; default: the key $MLXPOOL_API_KEY",
+    }
+    for flag, text in files.items():
+        group.add_argument(flag, metavar="FILE", default=default, help=text)
+
+
+def open_client(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Client:
+    """Connect as the options say, and the environment where they say nothing.
+
+    Raises: CommandError for files that cannot be read; ValueError as Client.
+    """
+    ca = arguments.ca or environ.get("MLXPOOL_CA") or None
+    certificate = arguments.cert or environ.get("MLXPOOL_CLIENT_CERT") or None
+    key = arguments.key or environ.get("MLXPOOL_CLIENT_KEY") or None
+    tls: Tls | bool | None = arguments.tls
+    if tls is None:
+        tls = _switch("MLXPOOL_TLS", environ.get("MLXPOOL_TLS", ""))
+    if tls is not False and (ca or certificate or key):
+        tls = Tls(ca, certificate, key)
+    try:
+        api_key = environ.get("MLXPOOL_API_KEY") or None
+        if arguments.api_key_file is not None:
+            api_key = Path(arguments.api_key_file).read_text(encoding="utf-8").strip()
+        return Client(arguments.target, timeout_s=arguments.timeout, tls=tls, api_key=api_key)
+    except UnicodeDecodeError:
+        raise CommandError(f"{arguments.api_key_file}: holds no API key") from None
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from error
+
+
+def _switch(name: str, text: str) -> bool | None:
+    """Raises: CommandError."""
+    values = {"": None, "1": True, "true": True, "0": False, "false": False}
+    if text.lower() not in values:
+        raise CommandError(f"{name} is {text!r}; write 1 or 0")
+    return values[text.lower()]
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,8 @@ exit codes:
   69   nothing answers at the target, or the connection broke
   70   the server failed, or this command did
   71   the model or the request does not fit the memory
-  75   try again: queue full, shutting down, deadline, unloaded or cancelled by somebody else
+  75   try again: queue full, shutting down, deadline, over the key's limit, unloaded or cancelled
+       by somebody else
   76   the server does not support that
   77   access denied
   78   the state forbids it: not loaded, in use, a missing capability or server installation
@@ -48,7 +49,10 @@ _CODES: tuple[tuple[type[errors.MlxpoolError], ExitCode], ...] = (
     (errors.InvalidRequestError, ExitCode.BAD_REQUEST),
     (errors.NotFoundError, ExitCode.NOT_FOUND),
     (errors.QueueFullError, ExitCode.TRY_AGAIN),
+    (errors.QueueTimeoutError, ExitCode.TRY_AGAIN),
+    (errors.DeadlineUnmeetableError, ExitCode.TRY_AGAIN),
     (errors.DrainingError, ExitCode.TRY_AGAIN),
+    (errors.RateLimitedError, ExitCode.TRY_AGAIN),
     (errors.UnavailableError, ExitCode.UNAVAILABLE),
     (errors.ResourceExhaustedError, ExitCode.NO_MEMORY),
     (errors.DeadlineError, ExitCode.TRY_AGAIN),
@@ -91,6 +95,8 @@ def describe(error: errors.MlxpoolError, target: str) -> str:
         return _describe_connection(error, target)
     if error.retry_after_s is not None:
         return f"{error.message}; try again in {error.retry_after_s:g} s"
+    if error.reason == "API_KEY_MISSING":
+        return f"{target} needs an API key; name the file that has yours with --api-key-file"
     for kind, remedy in _REMEDIES:
         if isinstance(error, kind):
             return f"{error.message}; {remedy}"

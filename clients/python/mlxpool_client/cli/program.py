@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxpool_client.channel import DEFAULT_TARGET
-from mlxpool_client.cli import chat, generate, info, memory, models, serve, tokenize
-from mlxpool_client.cli.arguments import Parser, connection_options
+from mlxpool_client.cli import chat, generate, info, memory, models, serve, tokenize, top
+from mlxpool_client.cli.arguments import Parser, connection_options, open_client
 from mlxpool_client.cli.exits import EPILOG, CommandError, ExitCode, describe, exit_code
 from mlxpool_client.cli.terminal import Terminal
 from mlxpool_client.client import Client
@@ -34,6 +34,7 @@ COMMANDS = (
     Command("load", "load a model", models.add_load_options, models.run_load),
     Command("unload", "unload a model", models.add_unload_options, models.run_unload),
     Command("memory", "show or change the memory's use", memory.add_options, memory.run),
+    Command("top", "watch the models at work", top.add_options, top.run),
     Command("tokenize", "show the tokens of a text", tokenize.add_options, tokenize.run),
     Command("info", "show the server's versions and device", info.add_options, info.run),
 )
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(terminal: Terminal, arguments: argparse.Namespace) -> None:
-    if arguments.command == "serve":
-        serve.run(arguments.arguments)
+    if arguments.command in serve.COMMANDS:
+        serve.run(arguments.command, arguments.arguments)
         return
     command: Command = arguments.command
     try:
-        with Client(arguments.target, timeout_s=arguments.timeout) as client:
+        with open_client(arguments, os.environ) as client:
             command.run(client, terminal, arguments)
     except MlxpoolError as error:
         raise CommandError(describe(error, arguments.target), exit_code(error)) from error
@@ -101,10 +102,11 @@ def _parser() -> Parser:
         )
         command.add_options(options)
         options.set_defaults(command=command)
-    # No prefix character: even --help is the server's.
-    server = commands.add_parser("serve", help="start a server", add_help=False, prefix_chars="\0")
-    server.add_argument("arguments", nargs=argparse.REMAINDER)
-    server.set_defaults(command="serve")
+    for name, text in serve.COMMANDS.items():
+        # No prefix character: even --help is the server's.
+        server = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        server.add_argument("arguments", nargs=argparse.REMAINDER)
+        server.set_defaults(command=name)
     return parser
 
 

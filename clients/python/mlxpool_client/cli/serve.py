@@ -1,4 +1,4 @@
-"""`mlxpool serve`: hand everything over to the server, where it is installed."""
+"""`mlxpool serve` and `mlxpool new-key`: hand everything to the server, where it is installed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from mlxpool_client.cli.exits import CommandError, ExitCode
 
+COMMANDS = {"serve": "start a server", "new-key": "make an API key for a server"}
 # A light installation may carry the server's files without what they need.
 _NEEDED = ("mlxpool_server", "structlog", "mlx")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the server in this process, with the arguments after `serve`.
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run the server in this process, with the arguments after the command.
 
     Raises: CommandError when it is not installed; SystemExit with the server's own exit code.
     """
@@ -23,6 +24,7 @@ def run(arguments: Sequence[str]) -> None:
             "the server is not installed; install it with: pip install 'mlxpool[server]'",
             ExitCode.FORBIDDEN_NOW,
         )
-    sys.argv = ["mlxpool serve", *arguments]
+    given = arguments if command == "serve" else (command, *arguments)
+    sys.argv = [f"mlxpool {command}", *given]
     # By name only: client and server meet at the contract, not in an import.
     runpy.run_module("mlxpool_server", run_name="__main__", alter_sys=True)

@@ -1,0 +1,186 @@
+"""Chat templates rendered in other processes, with limits that hold."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from mlxpool_server.mlx_backend.template_worker import LENGTH_BYTES
+
+LIMIT_S = 5.0
+MEMORY_BYTES = 1 << 30
+# The worker's own alarm comes first; this is for one that does not heed it.
+GRACE_S = 1.0
+# It imports transformers, from a cold disk perhaps.
+START_LIMIT_S = 120.0
+# As many as there are threads that render.
+MAX_IDLE = 4
+MAX_REPLY_BYTES = 1 << 30
+
+_WORKER = "mlxpool_server.mlx_backend.template_worker"
+# What Python and strftime need; no tokens, no settings.
+_KEPT_VARIABLES = ("LANG", "LC_ALL", "PATH", "SYSTEMROOT", "TZ", "VIRTUAL_ENV")
+
+
+class TemplateError(Exception):
+    """The template refused, failed or took too much; the text may be shown to callers."""
+
+
+class _WorkerLostError(Exception):
+    """It died or did not answer in time."""
+
+
+class TemplateRenderer:
+    """Thread-safe. Each render has a process to itself; between renders they are kept."""
+
+    def __init__(self, limit_s: float = LIMIT_S, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._limit_s = limit_s
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+
+    def warm_up(self) -> None:
+        """Start a process, so that the first render need not wait for all of its start."""
+        with self._lock:
+            if not self._idle:
+                self._idle.append(_Worker(self._memory_bytes, self._limit_s))
+
+    def render(
+        self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> str:
+        """Return what the template makes of the messages. Raises: TemplateError."""
+        request = {"template": template, "messages": messages, "variables": variables}
+        worker = self._take()
+        try:
+            reply = worker.ask(json.dumps(request, default=str).encode(), self._limit_s + GRACE_S)
+        except BaseException as error:
+            worker.kill()
+            if isinstance(error, _WorkerLostError):
+                raise TemplateError(
+                    f"it takes longer than {self._limit_s:g} s, or too much memory"
+                ) from None
+            raise
+        self._put_back(worker)
+        if "text" not in reply:
+            raise TemplateError(str(reply.get("error", "it failed")))
+        return str(reply["text"])
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.kill()
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            while self._idle:
+                if (worker := self._idle.pop()).is_alive:
+                    return worker
+                worker.kill()
+        return _Worker(self._memory_bytes, self._limit_s)
+
+    def _put_back(self, worker: _Worker) -> None:
+        with self._lock:
+            if len(self._idle) < MAX_IDLE:
+                self._idle.append(worker)
+                return
+        worker.kill()
+
+
+@cache
+def shared_renderer() -> TemplateRenderer:
+    """The one of this process: models share its workers."""
+    renderer = TemplateRenderer()
+    atexit.register(renderer.close)
+    return renderer
+
+
+class _Worker:
+    """One process. Used by one thread at a time."""
+
+    def __init__(self, memory_bytes: int, limit_s: float) -> None:
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        own = {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _WORKER, str(memory_bytes), str(limit_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=kept | own,
+            bufsize=0,
+            # Ctrl-C is for the server, which still renders while it drains.
+            start_new_session=True,
+        )
+        self._is_ready = False
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: bytes, limit_s: float) -> dict[str, Any]:
+        """Raises: _WorkerLostError."""
+        if not self._is_ready:
+            self._read_frame(time.monotonic() + START_LIMIT_S)
+            self._is_ready = True
+        deadline = time.monotonic() + limit_s
+        self._write(len(request).to_bytes(LENGTH_BYTES, "big") + request)
+        try:
+            reply = json.loads(self._read_frame(deadline))
+        except ValueError:
+            raise _WorkerLostError from None
+        return reply if isinstance(reply, dict) else {}
+
+    def kill(self) -> None:
+        """It holds nothing that would have to be ended nicely."""
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._process.wait()
+
+    def _write(self, frame: bytes) -> None:
+        """It reads the whole request before it looks at it."""
+        pipe, left = self._process.stdin, memoryview(frame)
+        try:
+            while pipe is not None and left:
+                left = left[pipe.write(left) :]
+        except OSError:
+            raise _WorkerLostError from None
+
+    def _read_frame(self, deadline: float) -> bytes:
+        length = int.from_bytes(self._read(LENGTH_BYTES, deadline), "big")
+        if length > MAX_REPLY_BYTES:
+            raise _WorkerLostError
+        return self._read(length, deadline)
+
+    def _read(self, num_bytes: int, deadline: float) -> bytes:
+        pipe = self._process.stdout
+        chunks = bytearray()
+        while pipe is not None and len(chunks) < num_bytes:
+            remaining_s = deadline - time.monotonic()
+            # poll, not select: a busy server has more than 1024 descriptors.
+            poll = select.poll()
+            poll.register(pipe, select.POLLIN)
+            if remaining_s <= 0 or not poll.poll(remaining_s * 1000):
+                raise _WorkerLostError
+            chunk = pipe.read(min(num_bytes - len(chunks), 1 << 20))
+            if not chunk:
+                raise _WorkerLostError
+            chunks += chunk
+        return bytes(chunks)

@@ -1,0 +1,107 @@
+"""Random requests for every RPC: no crash, no hang, no INTERNAL, nothing leaked.
+
+Briefly in `scripts/test fuzz`; for long by hand, as docs/development.md says. What it finds goes
+into corpus.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuzz.messages import messages
+from fuzz.target import HANG_S, METHODS, Reader, Target, running_target
+from mlxpool.v1 import model_service_pb2 as pb
+
+CORPUS = json.loads((Path(__file__).parent / "corpus.json").read_text())
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "16"))
+PROFILE = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    # One server for all of a test's cases: starting one takes longer than a case.
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
+READERS = st.builds(
+    Reader,
+    leaves_after=st.none() | st.none() | st.integers(0, 3),
+    deadline_s=st.just(HANG_S) | st.sampled_from([HANG_S, 0.001, 0.01]),
+)
+PATIENT = Reader()
+
+pytestmark = pytest.mark.timeout(0 if EXAMPLES > 1000 else 300)
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    with running_target() as running:
+        yield running
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@PROFILE
+@given(request_bytes=st.binary(max_size=200), reader=READERS)
+def test_raw_bytes(target: Target, method: str, request_bytes: bytes, reader: Reader) -> None:
+    """Whatever arrives instead of a message."""
+    target.try_bytes(method, request_bytes, reader)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@PROFILE
+@given(data=st.data(), reader=READERS)
+def test_messages(target: Target, method: str, data: st.DataObject, reader: Reader) -> None:
+    """Well-formed messages with anything in their fields."""
+    message = data.draw(messages(METHODS[method].input_type))
+    target.try_bytes(method, message.SerializeToString(), reader)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@PROFILE
+@given(data=st.data())
+def test_spoilt_messages(target: Target, method: str, data: st.DataObject) -> None:
+    """A message that was cut, or in which bytes were changed."""
+    raw = bytearray(data.draw(messages(METHODS[method].input_type)).SerializeToString())
+    for _ in range(data.draw(st.integers(0, 3))):
+        if raw:
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    target.try_bytes(method, bytes(raw[: data.draw(st.integers(0, len(raw)))]), PATIENT)
+
+
+@PROFILE
+@given(
+    data=st.data(),
+    text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40),
+    reader=READERS,
+)
+def test_generations(target: Target, data: st.DataObject, text: str, reader: Reader) -> None:
+    """Requests that are admitted more often than random ones are."""
+    request = pb.GenerateRequest(
+        model=data.draw(st.sampled_from(["m", "m", "slow", "bad"])),
+        prompt=pb.Prompt(text=text),
+        generation_id=data.draw(st.sampled_from(["", "gen-1"])),
+        require_loaded=data.draw(st.booleans()),
+        priority=data.draw(st.integers(0, 3)),  # type: ignore[arg-type]  # an enum's number
+    )
+    stop, output = pb.StopConditions.DESCRIPTOR, pb.OutputOptions.DESCRIPTOR
+    if data.draw(st.booleans()):
+        request.stop.CopyFrom(data.draw(messages(stop)))
+    if data.draw(st.booleans()):
+        request.output.CopyFrom(data.draw(messages(output)))
+    target.try_bytes("/mlxpool.v1.ModelService/Generate", request.SerializeToString(), reader)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method, cases in CORPUS.items() for name in cases]
+)
+def test_corpus(target: Target, method: str, name: str) -> None:
+    """Cases that are worth keeping."""
+    target.try_bytes(method, bytes.fromhex(CORPUS[method][name]), PATIENT)
