@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import structlog
 
+from mlxpool_server import new_key
 from mlxpool_server.domain import HubSource, ModelSpec
 from mlxpool_server.errors import MlxpoolError, SettingsError
 from mlxpool_server.logs import configure_logging
 from mlxpool_server.pool.catalog import Catalog, read_model_type
-from mlxpool_server.settings import CONFIG_VARIABLE, Settings, describe_settings, load_settings
+from mlxpool_server.rpc.access.keys import read_keys
+from mlxpool_server.settings import (
+    CONFIG_VARIABLE,
+    Settings,
+    check_exposure,
+    describe_settings,
+    load_settings,
+)
 from mlxpool_server.version import __version__
 
 _PROG = "mlxpool serve"
@@ -23,42 +32,51 @@ _SIGINT = 2
 _EPILOG = f"""\
 Every setting can also stand in the TOML file and in the environment; flags win over the
 environment, the environment over the file. {CONFIG_VARIABLE} names the file like --config.
-With no model configured the demo model is served as `demo`.
+With no model configured the demo model is served as `demo`. `mlxpool new-key` makes an API key.
 
 exit codes:
   0      drained and stopped
   1      failed at run time
   64     wrong usage of the command line
   69     an address is not available
+  70     the engine was stuck for engine_exit_s
   78     wrong configuration: a setting, wherever it was given, or a model's folder
   128+N  stopped at once by signal N, without draining
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mlxpool serve` with these arguments (None: sys.argv's) and return the exit code."""
+    """Run `mlxpool serve` with these arguments (None: sys.argv's) and return the exit code.
+
+    A first argument `new-key` makes an API key instead.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["new-key"]:
+        return new_key.main(given[1:])
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser().parse_args(given)
     except SystemExit as stop:
         # argparse leaves so after --help, --version and wrong usage.
         return stop.code if isinstance(stop.code, int) else os.EX_USAGE
     try:
         settings = _settings(arguments)
-        return _check(settings) if arguments.check else _serve(settings)
+        if arguments.check:
+            return _check(settings)
+        return _serve(settings, partial(_settings, arguments))
     except SettingsError as error:
         return _fail(error, os.EX_CONFIG)
     except KeyboardInterrupt:
         return 128 + _SIGINT
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, read_settings: Callable[[], Settings]) -> int:
     configure_logging(settings.log_format, settings.log_level)
     log = structlog.get_logger()
     try:
         # Late: --help and --check must work without mlx, and logging is configured before it loads.
         from mlxpool_server.app import run  # noqa: PLC0415  # see above
 
-        return run(settings)
+        return run(settings, read_settings)
     except MlxpoolError as error:
         log.error("server.failed", problem=str(error))  # noqa: TRY400  # the text says it all
         return os.EX_CONFIG if isinstance(error, SettingsError) else 1
@@ -99,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
             row.flag,
             dest=row.name,
             action="append" if row.is_list else "store",
+            # `--allow-plaintext` alone means true.
+            nargs="?" if row.is_switch else None,
+            const="true" if row.is_switch else None,
             metavar=row.type.replace(" ", "_").upper(),
             # argparse formats help with %.
             help=f"{row.description}{default}".replace("%", "%%"),
@@ -112,11 +133,20 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if config_file is None and (named := os.environ.get(CONFIG_VARIABLE)):
         config_file = Path(named)
     flags = {row.name: getattr(arguments, row.name) for row in describe_settings()}
-    return load_settings(config_file, flags, os.environ)
+    settings = load_settings(config_file, flags, os.environ)
+    check_exposure(settings)
+    return settings
 
 
 def _check(settings: Settings) -> int:
-    """Print a line per model. Raises: SettingsError when the catalogue cannot be built."""
+    """Print a line per model. Raises: SettingsError for certificates, keys or a catalogue."""
+    if settings.api_keys_file is not None:
+        read_keys(settings.api_keys_file)
+    if settings.tls_certificate is not None:
+        # Late: only certificates need grpc.
+        from mlxpool_server.front_door import certificates_for  # noqa: PLC0415  # see above
+
+        certificates_for(settings)
     catalog = Catalog.build(settings.models, settings.models_dir)
     for skipped in catalog.skipped:
         sys.stderr.write(f"{_PROG}: skipped {skipped.folder}: {skipped.reason}\n")

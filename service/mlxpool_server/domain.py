@@ -7,6 +7,7 @@ names ending in `_time`, which are POSIX timestamps. Sizes are bytes.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,34 @@ class ModelInfo:
     vocab_size: int
     estimated_bytes: int
     footprint: Footprint = Footprint()
+    # What the first run at the end of the load takes, for as long as it lasts.
+    warm_up_bytes: int = 0
     revision: str = ""
     capabilities: frozenset[Capability] = frozenset()
+
+    @property
+    def load_bytes(self) -> int:
+        """What a load takes at its worst; `estimated_bytes` of it stay."""
+        return self.estimated_bytes + self.warm_up_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelActivity:
+    """What a model has done since the server started; sums that never fall."""
+
+    finished_generations: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    # Generations whose prompt was in the prompt cache, in part at least.
+    prompt_cache_hits: int = 0
+    # Those of running generations included.
+    completion_tokens: int = 0
+    # Generations that had a first token, and how long all of them waited for it, together.
+    first_tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    loads: int = 0
+    failed_loads: int = 0
+    evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +153,41 @@ class ModelStatus:
     load_time: float | None = None
     last_used_time: float | None = None
     expire_time: float | None = None
+    activity: ModelActivity = ModelActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """A model's steps on the engine thread since the server started."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUse:
+    """What a model does now, and what it has done."""
+
+    name: str
+    state: ModelState
+    running: int
+    queued: int
+    weights_bytes: int
+    kv_bytes: int
+    prompt_cache_bytes: int
+    # For running generations at their worst; what they take of it by now is kv_bytes.
+    reserved_bytes: int
+    steps: StepTotals
+    activity: ModelActivity
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """One moment of the pool. `used_bytes` is all that is held or reserved."""
+
+    limit_bytes: int
+    used_bytes: int
+    models: tuple[ModelUse, ...]
 
 
 class LoadPhase(enum.Enum):
@@ -279,6 +341,8 @@ class GenerationRequest:
     priority: Priority = Priority.NORMAL
     keep_alive_s: float | None = None
     require_loaded: bool = False
+    # The caller is gone so long after it asked; math.inf: it waits for ever.
+    deadline_s: float = math.inf
 
 
 class FinishReason(enum.Enum):

@@ -130,6 +130,70 @@ class DrainingError(MlxpoolError):
         self.retry_after_s = retry_after_s
 
 
+class QueueTimeoutError(MlxpoolError, TimeoutError):
+    """It waited for memory or a place in the batch, and never ran."""
+
+    def __init__(self, waited_s: float, retry_after_s: float) -> None:
+        super().__init__(f"the request waited {waited_s:.1f} s for its turn, which did not come")
+        self.waited_s = waited_s
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineUnmeetableError(MlxpoolError, TimeoutError):
+    """Refused before it started: its deadline would pass while it waits."""
+
+    def __init__(self, deadline_s: float, expected_wait_s: float) -> None:
+        super().__init__(
+            f"the deadline is in {deadline_s:.1f} s, and the queue is about "
+            f"{expected_wait_s:.1f} s long"
+        )
+        self.deadline_s = deadline_s
+        self.expected_wait_s = expected_wait_s
+
+
+class ApiKeyMissingError(MlxpoolError, PermissionError):
+    def __init__(self) -> None:
+        super().__init__("this server needs an API key in the metadata: authorization: Bearer KEY")
+
+
+class ApiKeyInvalidError(MlxpoolError, PermissionError):
+    """What was sent is never repeated: it may be a key of somewhere else."""
+
+    def __init__(self) -> None:
+        super().__init__("the API key is not one of this server's")
+
+
+class RoleMissingError(MlxpoolError, PermissionError):
+    """`roles` are those that may make the call; one of them is enough."""
+
+    def __init__(self, key_name: str, method: str, roles: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the API key {key_name!r} may not call {method}; "
+            f"that needs the role {' or '.join(roles)}"
+        )
+        self.key_name = key_name
+        self.method = method
+        self.roles = roles
+
+
+class RateLimitedError(MlxpoolError):
+    def __init__(self, key_name: str, requests_per_minute: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"the API key {key_name!r} may make {requests_per_minute} requests a minute"
+        )
+        self.key_name = key_name
+        self.requests_per_minute = requests_per_minute
+        self.retry_after_s = retry_after_s
+
+
+class TooManyStreamsError(MlxpoolError):
+    def __init__(self, key_name: str, max_streams: int, retry_after_s: float) -> None:
+        super().__init__(f"the API key {key_name!r} has its {max_streams} streams open already")
+        self.key_name = key_name
+        self.max_streams = max_streams
+        self.retry_after_s = retry_after_s
+
+
 class SettingsError(MlxpoolError, ValueError):
     """A setting is unknown or wrong; the text names it and the remedy."""
 

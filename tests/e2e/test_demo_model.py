@@ -27,9 +27,7 @@ TOKENS = 10
 
 @pytest.fixture(scope="module")
 def loader() -> MlxLoader:
-    return MlxLoader(
-        max_batch_size=8, prefill_rows=8, prefill_step_tokens=64, default_layout=Layout.FLOAT32
-    )
+    return MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
 
 
 @pytest.fixture(scope="module")

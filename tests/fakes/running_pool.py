@@ -155,6 +155,7 @@ class House:
                 heartbeat_s=options.get("heartbeat_s", PATIENCE_S),
                 max_batch_size=max_batch_size,
                 prefill_tokens=1000,
+                prompt_cache_share=options.pop("prompt_cache_share", 0.0),
             )
         self.prompts = PromptReader(loader)
         limits = {
@@ -162,6 +163,7 @@ class House:
             "default_max_tokens": None,
             "max_prompt_tokens": None,
             "heartbeat_s": PATIENCE_S,
+            "max_batch_size": max_batch_size,
         }
         self.generations = Generations(
             self.pool, self.engine, self.prompts, GenerationLimits(**(limits | options))
@@ -283,7 +285,7 @@ async def running_house(
     """Open a house; at its end everything in it has to be clean.
 
     `specs` say more about some of the `files`; `options` are those of GenerationLimits and
-    max_batch_size, default_keep_alive_s, heartbeat_s.
+    max_batch_size, default_keep_alive_s, heartbeat_s, prompt_cache_share.
     """
     house = House({"m": FakeFiles()} if files is None else files, specs, limit_bytes, **options)
     loop = asyncio.get_running_loop()

@@ -98,9 +98,13 @@ async def running_server(
     *,
     memory: FakeMemory | None = None,
     specs: tuple[ModelSpec, ...] = (),
+    credentials: grpc.ChannelCredentials | None = None,
     **settings: Any,
 ) -> AsyncGenerator[Server, None]:
-    """Start an App as app._serve does, and stop it at the end if the test did not."""
+    """Start an App as app._serve does, and stop it at the end if the test did not.
+
+    `credentials`: for the channel of the stubs; None: plaintext.
+    """
     files = {"m": FakeFiles()} if files is None else files
     memory = memory or FakeMemory()
     logs = LogCapture()
@@ -120,7 +124,7 @@ async def running_server(
         return exit_code
 
     try:
-        async with aio.insecure_channel(address) as channel:
+        async with open_channel(address, credentials) as channel:
             server = Server(
                 app, address=address, channel=channel, files=files, memory=memory, logs=logs
             )
@@ -136,6 +140,14 @@ async def running_server(
         async with asyncio.timeout(PATIENCE_S):
             await server.stopped
         structlog.reset_defaults()
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> aio.Channel:
+    """A channel with a connection of its own: gRPC shares them between like channels."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return aio.insecure_channel(address, options)
+    return aio.secure_channel(address, credentials, options)
 
 
 class Reader:

@@ -16,6 +16,7 @@ from fakes import FakeFiles, FakeModel
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server import app as app_module
 from mlxpool_server.errors import AddressUnavailableError
+from mlxpool_server.pool.queue_forecast import QueueForecast
 from rpc.harness import (
     MAX_DETAILS_BYTES,
     PATIENCE_S,
@@ -204,6 +205,41 @@ async def test_queue_full() -> None:
         release(files["m"].model, 100)
         assert [final_text(await reader.rest()) for reader in readers] == ["0", "1"]
         await server.assert_serves()
+
+
+async def test_queue_timeout() -> None:
+    """A request whose turn does not come in time is told so after `started`; the others run."""
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with running_server(files, max_batch_size=1, max_queue_wait_s=0.1) as server:
+        running = server.reader(text_request("first"))
+        await running.next()
+        await until(files["m"].model.is_waiting.is_set)
+        waiting = server.reader(text_request("second"))
+        assert (await waiting.next()).HasField("started")
+        assert_try_again(await failure_of(waiting.call), "QUEUE_TIMEOUT")
+        release(files["m"].model, 100)
+        assert final_text(await running.rest()) == "first"
+        await server.assert_serves()
+
+
+async def test_deadline_unmeetable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at once and not retried: the caller's deadline is shorter than the queue."""
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with running_server(files, max_batch_size=1) as server:
+        readers = [server.reader(text_request(str(index))) for index in range(2)]
+        for reader in readers:
+            await reader.next()
+        monkeypatch.setattr(QueueForecast, "wait_s", lambda *_: 1000.0)
+        refused = await failure_of(server.models.Generate(text_request(), timeout=PATIENCE_S))
+        assert (refused.code, refused.reason) == (UNAVAILABLE, "DEADLINE_UNMEETABLE")
+        assert refused.detail(details_pb.RetryInfo).retry_delay.seconds == 1000
+        assert refused.pushback_ms == "-1"
+        # Who sets no deadline waits.
+        patient = server.reader(text_request("patient"))
+        assert (await patient.next()).HasField("started")
+        release(files["m"].model, 100)
+        for reader, text in zip((*readers, patient), ("0", "1", "patient"), strict=True):
+            assert final_text(await reader.rest()) == text
 
 
 async def test_a_port_has_one_server(server: Server) -> None:

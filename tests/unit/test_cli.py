@@ -17,7 +17,8 @@ from mlxpool_server.errors import DemoModelError, SettingsError
 from mlxpool_server.settings import Settings, describe_settings
 from mlxpool_server.version import __version__
 
-SetRun = Callable[[Callable[[Settings], int]], None]
+Run = Callable[[Settings, Callable[[], Settings]], int]
+SetRun = Callable[[Run], None]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def set_run(monkeypatch: pytest.MonkeyPatch) -> SetRun:
     """Put a fake in the place of app.run."""
 
-    def set_run(run: Callable[[Settings], int]) -> None:
+    def set_run(run: Run) -> None:
         app = ModuleType("mlxpool_server.app")
         app.run = run  # type: ignore[attr-defined]  # that is what the fake is for
         monkeypatch.setitem(sys.modules, "mlxpool_server.app", app)
@@ -45,7 +46,7 @@ def served(set_run: SetRun) -> list[Settings]:
     """Return the list that each started server's settings are added to."""
     started: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, _: object) -> int:
         started.append(settings)
         return 0
 
@@ -107,7 +108,7 @@ def test_logging_is_configured_before_the_server_runs(
     order: list[object] = []
     monkeypatch.setattr(cli, "configure_logging", lambda *arguments: order.append(arguments))
 
-    def run(_: Settings) -> int:
+    def run(_: Settings, __: object) -> int:
         order.append("run")
         return 0
 
@@ -122,7 +123,7 @@ def test_logging_is_configured_before_the_server_runs(
 @pytest.mark.parametrize("code", [0, 1, 69, 137])
 def test_the_servers_exit_code_is_returned(code: int, set_run: SetRun) -> None:
     """The exit code is what app.run returned."""
-    set_run(lambda _: code)
+    set_run(lambda _, __: code)
     assert cli.main([]) == code
 
 
@@ -159,7 +160,7 @@ def test_a_wrong_setting_exits_with_78(
 def test_an_expected_failure_is_one_log_line(error: Exception, code: int, set_run: SetRun) -> None:
     """An error raised on purpose is logged by its text, without a traceback."""
 
-    def run(_: Settings) -> int:
+    def run(_: Settings, __: object) -> int:
         raise error
 
     set_run(run)
@@ -171,7 +172,7 @@ def test_an_expected_failure_is_one_log_line(error: Exception, code: int, set_ru
 def test_an_unforeseen_failure_is_logged_in_full(set_run: SetRun) -> None:
     """What nobody foresaw is logged with its traceback and exits with 1."""
 
-    def run(_: Settings) -> int:
+    def run(_: Settings, __: object) -> int:
         raise ZeroDivisionError
 
     set_run(run)
@@ -183,7 +184,7 @@ def test_an_unforeseen_failure_is_logged_in_full(set_run: SetRun) -> None:
 def test_an_interrupt_before_the_server_runs_exits_with_130(set_run: SetRun) -> None:
     """Ctrl-C during the start is 128 + SIGINT, without a traceback."""
 
-    def run(_: Settings) -> int:
+    def run(_: Settings, __: object) -> int:
         raise KeyboardInterrupt
 
     set_run(run)
@@ -277,3 +278,44 @@ def test_the_package_runs_as_a_module() -> None:
     finished = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
     assert finished.returncode == 78
     assert finished.stderr.startswith("mlxpool serve: error: max_batch_size")
+
+
+# ---------------------------------------------------------------- who gets in
+
+
+def test_plaintext_for_others_does_not_start(
+    served: list[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 78 and the remedy, with --check too."""
+    for flags in ([], ["--check"]):
+        assert cli.main(["--listen", "0.0.0.0:1", *flags]) == os.EX_CONFIG
+        assert "--allow-plaintext" in capsys.readouterr().err
+    assert served == []
+
+
+@pytest.mark.parametrize("flag", [["--allow-plaintext"], ["--allow-plaintext", "true"]])
+def test_a_switch_alone_means_true(served: list[Settings], flag: list[str]) -> None:
+    """And `false` after it means false."""
+    assert cli.main([*flag, "--listen", "0.0.0.0:1"]) == 0
+    assert served[0].allow_plaintext
+    assert cli.main(["--allow-plaintext", "false"]) == 0
+    assert not served[1].allow_plaintext
+
+
+def test_check_reads_certificates_and_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would stop the start stops the check."""
+    missing = str(tmp_path / "none")
+    for flags in (
+        ["--tls-certificate", missing, "--tls-key", missing],
+        ["--api-keys-file", missing],
+    ):
+        assert cli.main(["--check", *flags]) == os.EX_CONFIG
+        assert f"{missing}: No such file" in capsys.readouterr().err
+
+
+def test_new_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """`mlxpool new-key` arrives here as the first argument."""
+    assert cli.main(["new-key", "web"]) == 0
+    assert 'name = "web"' in capsys.readouterr().out

@@ -45,6 +45,21 @@ def model(wire: model_pb.Model) -> models.Model:
         expire_time=_time(wire, "expire_time"),
         aliases=tuple(wire.aliases),
         available_adapters=tuple(wire.available_adapters),
+        activity=_activity(wire.activity),
+    )
+
+
+def _activity(wire: model_pb.ModelActivity) -> models.ModelActivity:
+    return models.ModelActivity(
+        finished_generations=wire.finished_generations,
+        prompt_tokens=wire.prompt_tokens,
+        cached_prompt_tokens=wire.cached_prompt_tokens,
+        completion_tokens=wire.completion_tokens,
+        first_tokens=wire.first_tokens,
+        time_to_first_token_s=to_seconds(wire.time_to_first_token),
+        loads=wire.loads,
+        failed_loads=wire.failed_loads,
+        evictions=wire.evictions,
     )
 
 

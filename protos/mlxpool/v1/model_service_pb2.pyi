@@ -17,9 +17,13 @@ Conventions
      ALREADY_EXISTS       GENERATION_ID_IN_USE
      FAILED_PRECONDITION  MODEL_NOT_LOADED, CAPABILITY_MISSING, MODEL_IN_USE (resident with another
                           draft_model), MEMORY_IN_USE (limit below what is pinned or in use)
-     RESOURCE_EXHAUSTED   POOL_MEMORY_LIMIT (+QuotaFailure; requiredBytes, availableBytes)
+     UNAUTHENTICATED      API_KEY_MISSING, API_KEY_INVALID
+     PERMISSION_DENIED    ROLE_MISSING (roles)
+     RESOURCE_EXHAUSTED   POOL_MEMORY_LIMIT (+QuotaFailure; requiredBytes, availableBytes),
+                          RATE_LIMITED, TOO_MANY_STREAMS (of an API key; +QuotaFailure, RetryInfo)
      ABORTED              LOAD_SUPERSEDED, MODEL_UNLOADED (by force, under a generation)
-     UNAVAILABLE          QUEUE_FULL, DRAINING (+RetryInfo, grpc-retry-pushback-ms trailer)
+     UNAVAILABLE          QUEUE_FULL, DRAINING, DEADLINE_UNMEETABLE, QUEUE_TIMEOUT (after
+                          `started`; all +RetryInfo, grpc-retry-pushback-ms trailer)
      UNIMPLEMENTED        NOT_IMPLEMENTED (+BadRequest: the field this server cannot honour)
      INTERNAL             LOAD_FAILED, GENERATION_FAILED
    Details stay under 4 KiB in all: many peers limit trailers to 8 KiB.
@@ -290,6 +294,7 @@ class Model(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     AVAILABLE_ADAPTERS_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests put in `model`: a server-configured name, alias or hub id, with an optional
     "@revision"; never a filesystem path. (name, adapter) is the pool's key.
@@ -326,6 +331,8 @@ class Model(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def available_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def activity(self) -> Global___ModelActivity: ...
     def __init__(
         self,
         *,
@@ -349,14 +356,67 @@ class Model(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         available_adapters: _abc.Iterable[_builtins.str] | None = ...,
+        activity: Global___ModelActivity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "last_used_time", b"last_used_time", "load_time", b"load_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "adapter", b"adapter", "aliases", b"aliases", "architecture", b"architecture", "available_adapters", b"available_adapters", "capabilities", b"capabilities", "context_length", b"context_length", "error_message", b"error_message", "estimated_bytes", b"estimated_bytes", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "load_time", b"load_time", "name", b"name", "pinned", b"pinned", "quantization", b"quantization", "queued_requests", b"queued_requests", "resident_bytes", b"resident_bytes", "revision", b"revision", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "activity", b"activity", "adapter", b"adapter", "aliases", b"aliases", "architecture", b"architecture", "available_adapters", b"available_adapters", "capabilities", b"capabilities", "context_length", b"context_length", "error_message", b"error_message", "estimated_bytes", b"estimated_bytes", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "load_time", b"load_time", "name", b"name", "pinned", b"pinned", "quantization", b"quantization", "queued_requests", b"queued_requests", "resident_bytes", b"resident_bytes", "revision", b"revision", "state", b"state", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelActivity(_message.Message):
+    """What a model has done since the server started. Sums that never fall, so that the difference of
+    two samples is a rate.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISHED_GENERATIONS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    FAILED_LOADS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    finished_generations: _builtins.int
+    """Generations that the engine ended."""
+    prompt_tokens: _builtins.int
+    """Of those."""
+    cached_prompt_tokens: _builtins.int
+    completion_tokens: _builtins.int
+    """Those of running generations included."""
+    first_tokens: _builtins.int
+    """Generations that had a first token, and how long all of them waited for it, together."""
+    loads: _builtins.int
+    failed_loads: _builtins.int
+    evictions: _builtins.int
+    @_builtins.property
+    def time_to_first_token(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        finished_generations: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        first_tokens: _builtins.int = ...,
+        time_to_first_token: _duration_pb2.Duration | None = ...,
+        loads: _builtins.int = ...,
+        failed_loads: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "evictions", b"evictions", "failed_loads", b"failed_loads", "finished_generations", b"finished_generations", "first_tokens", b"first_tokens", "loads", b"loads", "prompt_tokens", b"prompt_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelActivity: _TypeAlias = ModelActivity  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

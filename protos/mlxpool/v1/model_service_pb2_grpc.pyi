@@ -17,9 +17,13 @@ Conventions
      ALREADY_EXISTS       GENERATION_ID_IN_USE
      FAILED_PRECONDITION  MODEL_NOT_LOADED, CAPABILITY_MISSING, MODEL_IN_USE (resident with another
                           draft_model), MEMORY_IN_USE (limit below what is pinned or in use)
-     RESOURCE_EXHAUSTED   POOL_MEMORY_LIMIT (+QuotaFailure; requiredBytes, availableBytes)
+     UNAUTHENTICATED      API_KEY_MISSING, API_KEY_INVALID
+     PERMISSION_DENIED    ROLE_MISSING (roles)
+     RESOURCE_EXHAUSTED   POOL_MEMORY_LIMIT (+QuotaFailure; requiredBytes, availableBytes),
+                          RATE_LIMITED, TOO_MANY_STREAMS (of an API key; +QuotaFailure, RetryInfo)
      ABORTED              LOAD_SUPERSEDED, MODEL_UNLOADED (by force, under a generation)
-     UNAVAILABLE          QUEUE_FULL, DRAINING (+RetryInfo, grpc-retry-pushback-ms trailer)
+     UNAVAILABLE          QUEUE_FULL, DRAINING, DEADLINE_UNMEETABLE, QUEUE_TIMEOUT (after
+                          `started`; all +RetryInfo, grpc-retry-pushback-ms trailer)
      UNIMPLEMENTED        NOT_IMPLEMENTED (+BadRequest: the field this server cannot honour)
      INTERNAL             LOAD_FAILED, GENERATION_FAILED
    Details stay under 4 KiB in all: many peers limit trailers to 8 KiB.

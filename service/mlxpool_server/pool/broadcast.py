@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The next one from some moment on, also when it has come before somebody waits for it."""
+
+    _event: asyncio.Event
+
+    async def wait(self, timeout_s: float) -> bool:
+        """False when nothing changed in `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
 class Broadcast:
@@ -15,12 +32,10 @@ class Broadcast:
         self._event.set()
         self._event = asyncio.Event()
 
+    def next(self) -> Change:
+        """The next change after this moment, to be waited for later."""
+        return Change(self._event)
+
     async def wait(self, timeout_s: float) -> bool:
         """False when nothing changed in `timeout_s`."""
-        event = self._event
-        try:
-            async with asyncio.timeout(timeout_s):
-                await event.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self.next().wait(timeout_s)

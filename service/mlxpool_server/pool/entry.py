@@ -8,14 +8,25 @@ import time
 
 from mlxpool_server.domain import ModelInfo, ModelSpec, ModelState, ModelStatus
 from mlxpool_server.engine.model_runner import RunnerStats
+from mlxpool_server.pool.activity import Activity
+from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.residency import Residency
 
 
 class Entry:
     """Event loop only."""
 
-    def __init__(self, spec: ModelSpec, default_keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        default_keep_alive_s: float,
+        activity: Activity | None = None,
+        changed: Broadcast | None = None,
+    ) -> None:
+        """`changed` is told when a request's chances on this model change."""
         self.spec = spec
+        self.activity = activity or Activity()
+        self._changed = changed or Broadcast()
         self.is_pinned = spec.pinned
         self.default_keep_alive_s = (
             default_keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
@@ -26,8 +37,9 @@ class Entry:
         self.residency: Residency | None = None
         # What its files said when they were last read.
         self.info: ModelInfo | None = None
-        # Why its last stay failed; the next load or an unload forgets it.
-        self.error_message = ""
+        # It left the catalogue: no new request reaches it, and it goes when it is idle.
+        self.is_retired = False
+        self._error_message = ""
         # Every request on this model, those too that still render their prompt.
         self.num_leases = 0
         self.last_used_time: float | None = None
@@ -35,6 +47,17 @@ class Entry:
         # The eviction order; a load counts as a use. No wall clock: that may step back.
         self.used_at = 0.0
         self._expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def error_message(self) -> str:
+        """Why its last stay failed; the next load or an unload forgets it."""
+        return self._error_message
+
+    @error_message.setter
+    def error_message(self, text: str) -> None:
+        if text != self._error_message:
+            self._error_message = text
+            self._changed.notify()
 
     @property
     def is_ready(self) -> bool:
@@ -55,6 +78,15 @@ class Entry:
     @property
     def idle_limit_s(self) -> float:
         return self.keep_alive_s if self.next_keep_alive_s is None else self.next_keep_alive_s
+
+    def renew(self, spec: ModelSpec, default_keep_alive_s: float) -> None:
+        """Take over what the catalogue says by now; where it says what it said, nothing changes."""
+        if spec.pinned != self.spec.pinned:
+            self.is_pinned = spec.pinned
+        keep_alive_s = default_keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
+        if keep_alive_s != self.default_keep_alive_s:
+            self.default_keep_alive_s = self.keep_alive_s = keep_alive_s
+        self.spec = spec
 
     def become_ready(self) -> None:
         self.used_at = time.monotonic()
@@ -98,4 +130,5 @@ class Entry:
             load_time=load_time,
             last_used_time=self.last_used_time,
             expire_time=self.expire_time,
+            activity=self.activity.of(self.spec.name),
         )

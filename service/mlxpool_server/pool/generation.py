@@ -22,11 +22,11 @@ from mlxpool_server.domain import (
     GenerationStarted,
     GenerationTimings,
     ModelInfo,
+    Priority,
     SamplingParams,
     TokenUsage,
 )
 from mlxpool_server.engine.engine import Engine
-from mlxpool_server.engine.output_stream import OutputStream
 from mlxpool_server.engine.sequence import SequenceRequest
 from mlxpool_server.errors import (
     DrainingError,
@@ -35,12 +35,15 @@ from mlxpool_server.errors import (
     ModelNotLoadedError,
     PromptTooLongError,
     QueueFullError,
+    QueueTimeoutError,
 )
 from mlxpool_server.pool.backend import Tokenizer
 from mlxpool_server.pool.lease import Lease
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader, check_token_ids
+from mlxpool_server.pool.queue_forecast import QueueForecast
 from mlxpool_server.pool.reservations import Reservation
+from mlxpool_server.pool.turn_stream import TurnStream
 
 RETRY_AFTER_S = 1.0
 
@@ -53,6 +56,9 @@ class GenerationLimits:
     default_max_tokens: int | None
     max_prompt_tokens: int | None
     heartbeat_s: float
+    max_batch_size: int = 32
+    # For memory and a place in the batch; math.inf: as long as the caller waits.
+    max_queue_wait_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -62,15 +68,21 @@ class _InFlight:
     received_at: float
     # math.inf: never.
     expires_at: float
+    priority: Priority
     is_cancelled: bool = False
     slot: int | None = None
+    # Its generation is over; its reader may not know yet.
+    has_ended: bool = False
+    # When it has waited too long for its turn.
+    queued_until: float = math.inf
 
     def patience_s(self, heartbeat_s: float) -> float:
         """How long a wait may last before this generation wants to be looked at."""
         # A cancel may have come while the reader held the last event: nobody heard its wake-up.
         if self.is_cancelled:
             return 0.0
-        return min(heartbeat_s, max(0.0, self.expires_at - time.monotonic()))
+        wake_at = min(self.expires_at, self.queued_until)
+        return min(heartbeat_s, max(0.0, wake_at - time.monotonic()))
 
     def ended_early(self) -> FinishReason | None:
         """Why it ended before it ran, if it did."""
@@ -101,10 +113,15 @@ class Generations:
         self._engine = engine
         self._prompts = prompts
         self._limits = limits
+        self._forecast = QueueForecast(limits.max_batch_size)
         self._in_flight: dict[str, _InFlight] = {}
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
+
+    def set_limits(self, limits: GenerationLimits) -> None:
+        """For requests from now on."""
+        self._limits = limits
 
     @property
     def num_in_flight(self) -> int:
@@ -179,7 +196,11 @@ class Generations:
     async def _generate(
         self, generation: _InFlight, sequence: SequenceRequest, info: ModelInfo
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """Wait for memory, then run."""
+        """Wait for memory, then run.
+
+        Raises: QueueTimeoutError when its turn has not come in time.
+        """
+        generation.queued_until = time.monotonic() + self._limits.max_queue_wait_s
         num_tokens = len(sequence.prompt) + sequence.max_tokens
         reservation = Reservation(sequence.model, info.footprint, num_tokens, len(sequence.prompt))
         reservations = self._pool.reservations
@@ -189,6 +210,8 @@ class Generations:
                 async for place in line:
                     if generation.ended_early() is not None:
                         break
+                    if generation.queued_until <= time.monotonic():
+                        raise self._queue_timeout()
                     yield GenerationProgress(GenerationPhase.QUEUED, queue_position=place)
             generation.lease.check()
             reason = generation.ended_early()
@@ -197,8 +220,14 @@ class Generations:
                 yield _finished_unrun(generation, prompt_tokens, sequence.load_s, reason)
                 return
             # A reader may take its time: what the generation held is free when it ends.
-            stream = OutputStream(on_end=partial(self._give_back, generation, reservation))
+            meter = self._pool.activity.meter(sequence.model, generation.received_at)
+            stream = TurnStream(partial(self._give_back, generation, reservation), meter.see)
             generation.slot = self._engine.submit(sequence, stream)
+            stream.expect_turn(
+                generation.queued_until - time.monotonic(),
+                self._queue_timeout(),
+                partial(self._abort, generation),
+            )
             async with aclosing(stream.events(self._limits.heartbeat_s)) as events:
                 async for event in events:
                     yield event
@@ -211,6 +240,29 @@ class Generations:
     def _give_back(self, generation: _InFlight, reservation: Reservation) -> None:
         self._pool.reservations.give_back(reservation)
         generation.lease.give_back()
+        self._end(generation)
+
+    def _end(self, generation: _InFlight) -> None:
+        """Its place is free: the queue moves on. No harm when it was told before."""
+        if generation.has_ended:
+            return
+        generation.has_ended = True
+        if generation.slot is not None:
+            model = generation.lease.spec.name
+            self._forecast.ended(model, len(self._others(generation)))
+
+    def _others(self, generation: _InFlight) -> list[Priority]:
+        """Who else runs or waits on its model, by priority."""
+        return [
+            each.priority
+            for each in self._in_flight.values()
+            if each is not generation
+            and not each.has_ended
+            and each.lease.spec is generation.lease.spec
+        ]
+
+    def _queue_timeout(self) -> QueueTimeoutError:
+        return QueueTimeoutError(self._limits.max_queue_wait_s, RETRY_AFTER_S)
 
     def _patience_s(self, generation: _InFlight) -> float:
         return generation.patience_s(self._limits.heartbeat_s)
@@ -222,6 +274,9 @@ class Generations:
             raise ModelNotLoadedError(spec.name)
         if lease.num_in_flight > self._limits.max_in_flight:
             raise QueueFullError(lease.num_in_flight - 1, RETRY_AFTER_S)
+        if not math.isinf(request.deadline_s):
+            others = self._others(generation)
+            self._forecast.check(spec.name, request.priority, others, request.deadline_s)
         tokenizer = await self._prompts.tokenizer(spec)
         prompt = await self._prompts.read(spec, request.prompt)
         check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocab_size)
@@ -299,7 +354,7 @@ class Generations:
         now = time.monotonic()
         duration_s = request.stop.max_duration_s
         expires_at = math.inf if duration_s is None else now + duration_s
-        generation = _InFlight(generation_id, lease, now, expires_at)
+        generation = _InFlight(generation_id, lease, now, expires_at, request.priority)
         self._in_flight[generation_id] = generation
         self._all_ended.clear()
         return generation
@@ -309,6 +364,7 @@ class Generations:
             self._engine.abort(generation.slot)
 
     def _forget(self, generation: _InFlight) -> None:
+        self._end(generation)
         del self._in_flight[generation.generation_id]
         if not self._in_flight:
             self._all_ended.set()

@@ -7,7 +7,7 @@ Event loop only. A name's settings live in its `Entry`; its stay in memory, with
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from mlxpool_server.domain import (
@@ -17,8 +17,11 @@ from mlxpool_server.domain import (
     LoadProgress,
     ModelInfo,
     ModelMemory,
+    ModelSpec,
     ModelState,
     ModelStatus,
+    ModelUse,
+    PoolUse,
     Unloaded,
 )
 from mlxpool_server.engine.engine import Engine
@@ -29,13 +32,18 @@ from mlxpool_server.errors import (
     MlxpoolError,
     ModelUnloadedError,
 )
+from mlxpool_server.pool.activity import Activity
 from mlxpool_server.pool.backend import DeviceMemory, ModelLoader
+from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
+from mlxpool_server.pool.entries import Entries
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.eviction import Eviction
 from mlxpool_server.pool.lease import Lease, watch
 from mlxpool_server.pool.ledger import Ledger
 from mlxpool_server.pool.loads import Loads
+from mlxpool_server.pool.observer import PoolObserver
+from mlxpool_server.pool.prompt_caches import PromptCaches
 from mlxpool_server.pool.reservations import Reservation, Reservations
 from mlxpool_server.pool.residency import Residency
 from mlxpool_server.pool.tasks import Tasks
@@ -55,25 +63,71 @@ class ModelPool:
         heartbeat_s: float,
         max_batch_size: int,
         prefill_tokens: int,
+        prompt_cache_share: float = 0.0,
+        observer: PoolObserver | None = None,
+        changed: Broadcast | None = None,
     ) -> None:
-        """`prefill_tokens`: the most prompt tokens that one step of one model works on."""
-        self._catalog = catalog
+        """`prefill_tokens`: the most prompt tokens that one step of one model works on.
+
+        `prompt_cache_share`: of the limit, what a model may keep of earlier prompts. `changed` is
+        told when a model's chances to be generated on change.
+        """
         self._engine = engine
         self._heartbeat_s = heartbeat_s
-        self._entries = {spec.name: Entry(spec, default_keep_alive_s) for spec in catalog}
+        self.activity = Activity(observer)
+        self._changed = changed or Broadcast()
         self._ledger = Ledger(limit_bytes)
         self._tasks = Tasks()
-        self._unloads = Unloads(engine, memory, self._ledger, self._tasks, heartbeat_s)
-        self._eviction = Eviction(self._entries.values(), self._ledger, self._unloads)
+        self._entries = Entries(
+            catalog,
+            default_keep_alive_s,
+            activity=self.activity,
+            changed=self._changed,
+            tasks=self._tasks,
+            heartbeat_s=heartbeat_s,
+        )
+        self._prompt_caches = PromptCaches(self._ledger, engine, self._tasks, prompt_cache_share)
+        self._unloads = Unloads(
+            engine=engine,
+            memory=memory,
+            ledger=self._ledger,
+            tasks=self._tasks,
+            prompt_caches=self._prompt_caches,
+            heartbeat_s=heartbeat_s,
+        )
+        self._eviction = Eviction(
+            self._entries.values(), self._ledger, self._unloads, self._prompt_caches
+        )
         self.reservations = Reservations(
             self._ledger,
             self._eviction,
             max_batch_size=max_batch_size,
             prefill_tokens=prefill_tokens,
         )
-        self._loads = Loads(loader, engine, self._eviction, self._unloads, self._tasks)
+        self._loads = Loads(
+            loader=loader,
+            engine=engine,
+            eviction=self._eviction,
+            unloads=self._unloads,
+            prompt_caches=self._prompt_caches,
+            tasks=self._tasks,
+        )
 
     # ------------------------------------------------------------ looking
+
+    def spec(self, name: str) -> ModelSpec:
+        """The model with this name or alias. Raises: ModelNotFoundError."""
+        return self._entries.resolve(name).spec
+
+    async def is_usable(self, name: str) -> bool:
+        """Whether a generation on it has a chance. Raises: ModelNotFoundError."""
+        # The state says so only once its memory is free.
+        return not (await self.get_model(name)).error_message
+
+    def use(self) -> PoolUse:
+        """What is held and done at this moment; waits for nobody."""
+        models = tuple(self._model_use(entry) for entry in self._entries.values())
+        return PoolUse(self._ledger.limit_bytes, self._ledger.used_bytes, models)
 
     @property
     def limit_bytes(self) -> int:
@@ -85,38 +139,41 @@ class ModelPool:
 
     async def list_models(self) -> list[ModelStatus]:
         """Every catalogue entry, by name."""
-        return [await self._status(entry) for entry in self._entries.values()]
+        served = [entry for entry in self._entries.values() if not entry.is_retired]
+        return [await self._status(entry) for entry in served]
 
     async def get_model(self, name: str) -> ModelStatus:
         """Raises: ModelNotFoundError."""
-        return await self._status(self._entry(name))
+        return await self._status(self._entries.resolve(name))
 
     async def find_info(self, name: str) -> ModelInfo | None:
         """What the model's files say; None for a hub model that was not fetched yet.
 
         Raises: LoadFailedError when they are no model.
         """
-        return await self._loads.inspect(self._entry(name))
+        return await self._loads.inspect(self._entries.known(name))
 
     async def info(self, name: str) -> ModelInfo:
         """As `find_info`. Raises: LoadFailedError also when the files were not fetched yet."""
         info = await self.find_info(name)
         if info is None:
-            raise LoadFailedError(self._entry(name).spec.name, "its files are not on this machine")
+            raise LoadFailedError(name, "its files are not on this machine")
         return info
 
     def check_fits(self, wanted: Reservation) -> None:
         """Raises: PoolMemoryLimitError when the model cannot be loaded now, or this generation
         would not fit even alone. Its info has to be known: ask `find_info` first.
         """
-        entry = self._entry(wanted.model)
+        entry = self._entries.known(wanted.model)
         info = entry.info
         if info is None:
             return
-        weights_bytes = self._ledger.held_by(entry.residency) or info.estimated_bytes
+        # A load in flight holds more than what stays.
+        held_bytes = self._ledger.held_by(entry.residency) if entry.is_ready else 0
+        weights_bytes = held_bytes or info.estimated_bytes
         self.reservations.check_possible(wanted, weights_bytes)
         if entry.residency is None:
-            self._eviction.choose_victims(entry.spec.name, info.estimated_bytes)
+            self._eviction.choose_victims(entry.spec.name, info.load_bytes)
 
     def memory_by_model(self) -> tuple[ModelMemory, ...]:
         return tuple(
@@ -124,6 +181,7 @@ class ModelPool:
                 model=name,
                 resident_bytes=self._ledger.held_by(entry.residency),
                 active_kv_bytes=self._engine.stats(name).kv_bytes,
+                prompt_cache_bytes=self._engine.stats(name).prompt_cache_bytes,
             )
             for name, entry in self._entries.items()
             if entry.residency is not None
@@ -133,7 +191,7 @@ class ModelPool:
 
     def lease(self, name: str) -> Lease:
         """A `with` block during which the model is not evicted. Raises: ModelNotFoundError."""
-        return Lease(self, self._entry(name))
+        return Lease(self, self._entries.resolve(name))
 
     async def load(
         self, name: str, options: LoadOptions
@@ -143,7 +201,7 @@ class ModelPool:
         Raises: PoolMemoryLimitError before anything is evicted; LoadFailedError;
         LoadSupersededError when an unload stopped it.
         """
-        entry = self._entry(name)
+        entry = self._entries.resolve(name)
         if options.validate_only:
             victims = await self._foresee(entry, allow_eviction=not options.disallow_eviction)
             yield LoadFinished(await self._status(entry), entry.is_ready, victims, duration_s=0.0)
@@ -173,7 +231,7 @@ class ModelPool:
 
     async def unload(self, name: str, *, force: bool) -> Unloaded:
         """Drain, then free; `force` ends what runs. A caller who gives up does not stop it."""
-        entry = self._entry(name)
+        entry = self._entries.resolve(name)
         residency = entry.residency
         if residency is None:
             entry.error_message = ""
@@ -196,25 +254,33 @@ class ModelPool:
         """
         return await self._eviction.set_limit(limit_bytes)
 
+    async def clear_prompt_caches(self) -> int:
+        """Forget what earlier prompts left; return how many bytes that was."""
+        return await self._prompt_caches.clear()
+
     def set_next_keep_alive(self, name: str, keep_alive_s: float | None) -> None:
         """For the idle time after this request; 0 unloads then, None is what LoadModel set."""
-        entry = self._entry(name)
+        entry = self._entries.known(name)
         entry.next_keep_alive_s = keep_alive_s
         self._unloads.schedule_expiry(entry)
 
     def preload(self) -> None:
         """Start loading what the catalogue marks so; failures are logged, not raised."""
-        for entry in self._entries.values():
-            if entry.spec.preload and entry.residency is None:
-                self.start_load(entry)
+        self._preload(self._entries.values())
+
+    def set_catalog(self, catalog: Catalog, default_keep_alive_s: float) -> None:
+        """Serve these models from now on; what runs on one that is gone ends in peace."""
+        added = self._entries.set_catalog(catalog, default_keep_alive_s, self._unloads)
+        self._preload(added)
 
     async def close(self, error: MlxpoolError) -> None:
         """Stop loads, let every model go and start no load again; waiters get `error`.
 
         The engine is stopped by its owner, before or after.
         """
+        self._entries.close()
         self._loads.refuse(error)
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):
             self._unloads.start(entry, error)
         await self._tasks.wait()
         self._loads.close()
@@ -225,7 +291,11 @@ class ModelPool:
         return self._loads.start(entry, allow_eviction=allow_eviction)
 
     def lease_returned(self, entry: Entry) -> None:
+        if entry.is_ready:
+            self._prompt_caches.top_up(entry.spec.name)
         self._unloads.schedule_expiry(entry)
+        if entry.is_retired:
+            self._changed.notify()
 
     def model_failed(self, name: str) -> None:
         """The engine gave the model up: free it, so that the next request loads it afresh."""
@@ -235,8 +305,28 @@ class ModelPool:
 
     # ------------------------------------------------------------ small parts
 
-    def _entry(self, name: str) -> Entry:
-        return self._entries[self._catalog.resolve(name).name]
+    def _preload(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.spec.preload and entry.residency is None:
+                self.start_load(entry)
+
+    def _model_use(self, entry: Entry) -> ModelUse:
+        name = entry.spec.name
+        stats = self._engine.stats(name)
+        status = entry.status(stats, self._ledger.held_by(entry.residency))
+        return ModelUse(
+            name=name,
+            state=status.state,
+            running=status.active_requests,
+            queued=status.queued_requests,
+            # What leaves is charged until it is gone, and what comes from its start.
+            weights_bytes=self._ledger.held_by(entry.residency),
+            kv_bytes=stats.kv_bytes,
+            prompt_cache_bytes=stats.prompt_cache_bytes,
+            reserved_bytes=self.reservations.held_bytes(name),
+            steps=self._engine.step_totals(name),
+            activity=status.activity,
+        )
 
     def _apply(self, entry: Entry, options: LoadOptions) -> None:
         if options.pinned is not None:
@@ -253,7 +343,7 @@ class ModelPool:
         if info is None or entry.residency is not None:
             return ()
         victims = self._eviction.choose_victims(
-            entry.spec.name, info.estimated_bytes, allow_eviction=allow_eviction
+            entry.spec.name, info.load_bytes, allow_eviction=allow_eviction
         )
         return tuple(victim.spec.name for victim in victims)
 

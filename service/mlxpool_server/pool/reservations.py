@@ -80,6 +80,10 @@ class Reservations:
             # The next in line may fit, or learn that it is the first now.
             self._ledger.changed.notify()
 
+    def held_bytes(self, model: str) -> int:
+        """What the model's generations have reserved, all together."""
+        return self._ledger.held_by(self._uses.get(model))
+
     def wake(self) -> None:
         """Make everyone who waits in `take` look around."""
         self._ledger.changed.notify()

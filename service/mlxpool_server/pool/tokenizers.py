@@ -25,6 +25,10 @@ class Tokenizers:
         # A caller who gives up must not cancel the others.
         return await asyncio.shield(read)
 
+    def forget(self, name: str) -> None:
+        """The model's files are others now: the next caller reads them."""
+        self._reads.pop(name, None)
+
     async def _read(self, spec: ModelSpec) -> Tokenizer:
         return await asyncio.to_thread(self._loader.load_tokenizer, spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from mlxpool_server.domain import (
     GenerationDelta,
@@ -15,20 +16,31 @@ from mlxpool_server.domain import (
 # Names come from requests, which may be as long as a message.
 MAX_TEXT_CHARS = 256
 
-_facts: ContextVar[dict[str, object] | None] = ContextVar("call_facts", default=None)
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a call by now."""
+
+    facts: dict[str, object] = field(default_factory=dict)
+    finished: GenerationFinished | None = None
 
 
-def begin() -> dict[str, object]:
+_call: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+def begin() -> Call:
     """Open this call's facts, for the interceptor that logs them at the end."""
-    facts: dict[str, object] = {}
-    _facts.set(facts)
-    return facts
+    call = Call()
+    _call.set(call)
+    return call
 
 
 def add(**facts: object) -> None:
-    known = _facts.get()
-    if known is not None:
-        known.update({name: _clipped(value) for name, value in facts.items()})
+    """What is None is not worth a field."""
+    call = _call.get()
+    if call is not None:
+        known = {name: _clipped(value) for name, value in facts.items() if value is not None}
+        call.facts.update(known)
 
 
 def add_event(event: GenerationEvent) -> None:
@@ -42,6 +54,9 @@ def add_event(event: GenerationEvent) -> None:
         case GenerationDelta(completion_tokens=completion_tokens):
             add(completion_tokens=completion_tokens)
         case GenerationFinished(usage=usage, timings=timings):
+            call = _call.get()
+            if call is not None:
+                call.finished = event
             first = timings.time_to_first_token_s
             add(
                 finish_reason=event.finish_reason.value,

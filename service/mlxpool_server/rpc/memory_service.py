@@ -56,7 +56,9 @@ class MemoryService(pb_grpc.MemoryServiceServicer):
         self, request: pb.ClearCacheRequest, context: Context
     ) -> pb.ClearCacheResponse:
         kinds = requests.cache_kinds(request)
-        freed = await self._memory.clear_buffers() if pb.CACHE_KIND_BUFFERS in kinds else 0
+        freed = await self._memory.clear(
+            buffers=pb.CACHE_KIND_BUFFERS in kinds, prompts=pb.CACHE_KIND_PROMPTS in kinds
+        )
         return pb.ClearCacheResponse(freed_bytes=freed)
 
     async def ResetPeakMemory(

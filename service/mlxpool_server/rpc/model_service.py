@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -12,7 +13,6 @@ from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool.v1 import model_service_pb2_grpc as pb_grpc
 from mlxpool_server.domain import DeviceInfo
 from mlxpool_server.errors import NotImplementedFieldError
-from mlxpool_server.pool.catalog import Catalog
 from mlxpool_server.pool.generation import Generations
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader
@@ -28,7 +28,6 @@ class ModelService(pb_grpc.ModelServiceServicer):
     def __init__(
         self,
         *,
-        catalog: Catalog,
         pool: ModelPool,
         generations: Generations,
         prompts: PromptReader,
@@ -36,13 +35,16 @@ class ModelService(pb_grpc.ModelServiceServicer):
         device: DeviceInfo,
         start_time: float,
     ) -> None:
-        self._catalog = catalog
         self._pool = pool
         self._generations = generations
         self._prompts = prompts
         self._limits = limits
         self._device = device
         self._start_time = start_time
+
+    def set_limits(self, limits: requests.RequestLimits) -> None:
+        """For requests from now on."""
+        self._limits = limits
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -79,7 +81,8 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         call_log.add(model=request.model, generation_id=request.generation_id)
-        generation = requests.generation_request(request, self._limits)
+        deadline_s = _deadline_s(context.time_remaining())
+        generation = requests.generation_request(request, self._limits, deadline_s)
         async with aclosing(self._generations.generate(generation)) as events:
             async for event in events:
                 call_log.add_event(event)
@@ -93,7 +96,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        spec = self._catalog.resolve(_model_name(request))
+        spec = self._pool.spec(_model_name(request))
         result = await self._prompts.tokenize(
             spec, requests.prompt(request.prompt), include_pieces=request.include_pieces
         )
@@ -103,7 +106,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Context
     ) -> pb.CountTokensResponse:
-        spec = self._catalog.resolve(_model_name(request))
+        spec = self._pool.spec(_model_name(request))
         rendered = await self._prompts.read(spec, requests.prompt(request.prompt))
         call_log.add(prompt_tokens=len(rendered.token_ids))
         return pb.CountTokensResponse(token_count=len(rendered.token_ids))
@@ -115,6 +118,11 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         return responses.server_info(self._device, __version__, self._start_time)
+
+
+def _deadline_s(remaining_s: float | None) -> float:
+    """None: the caller set none, which the type stubs of grpc do not know."""
+    return math.inf if remaining_s is None else remaining_s
 
 
 def _model_name(request: requests.NamesModel) -> str:

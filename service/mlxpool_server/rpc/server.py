@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 from google.rpc import error_details_pb2
 from grpc import aio
 from grpc_channelz.v1 import channelz
@@ -20,12 +21,14 @@ from mlxpool.v1 import (
     model_service_pb2_grpc,
 )
 from mlxpool_server.errors import AddressUnavailableError
+from mlxpool_server.rpc.access.gate import Gate
 from mlxpool_server.rpc.health import Health
 from mlxpool_server.rpc.interceptors.errors import errors_to_status
 from mlxpool_server.rpc.interceptors.logging import logged
 from mlxpool_server.rpc.interceptors.wrap import AroundInterceptor
 from mlxpool_server.rpc.memory_service import MemoryService
 from mlxpool_server.rpc.model_service import ModelService
+from mlxpool_server.rpc.observer import CallObserver
 
 CONNECT_TIMEOUT_S = 1.0
 
@@ -38,23 +41,32 @@ def build_server(
     model_service: ModelService,
     memory_service: MemoryService,
     health: Health,
+    gate: Gate,
     max_message_bytes: int,
+    observers: Sequence[CallObserver] = (),
 ) -> aio.Server:
+    own = [logged(observers), errors_to_status]
     server = aio.server(
-        interceptors=[AroundInterceptor(logged, errors_to_status)],
+        interceptors=[
+            # A line for each probe of the health would drown the others.
+            AroundInterceptor(gate, own=own, standard=[errors_to_status])
+        ],
         options=_options(max_message_bytes),
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, server)
     memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(memory_service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     channelz.add_channelz_servicer(server)
     reflection.enable_server_reflection(_reflected_services(), server)
     return server
 
 
-def bind(server: aio.Server, addresses: Sequence[str]) -> tuple[str, ...]:
+def bind(
+    server: aio.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
+) -> tuple[str, ...]:
     """Bind every address; return them with the ports the kernel picked.
 
+    `credentials` are for TCP; a unix socket is guarded by the file system.
     Raises: AddressUnavailableError.
     """
     bound = []
@@ -62,7 +74,10 @@ def bind(server: aio.Server, addresses: Sequence[str]) -> tuple[str, ...]:
         if _is_served_socket(address):
             raise AddressUnavailableError(address)
         try:
-            port = server.add_insecure_port(address)
+            if credentials is None or address.startswith("unix:"):
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise AddressUnavailableError(address) from error
         if address.startswith("unix:"):

@@ -17,6 +17,8 @@ DOMAIN = "mlxpool"
 # Many peers limit all trailers to 8 KiB; texts come from requests and model files, and the message
 # travels percent-encoded besides: three times as long where it is not ASCII.
 MAX_TEXT_BYTES = 512
+# A pushback below zero tells grpc not to retry.
+NEVER = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class RpcStatus:
     message: str
     details: Sequence[Message] = ()
     metadata: dict[str, str] = field(default_factory=dict)
-    retry_after_s: float | None = None
+    # None: grpc's own rules decide. NEVER: it gives up at once.
+    pushback_ms: int | None = None
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The details as clients of every language look for them."""
@@ -39,8 +42,8 @@ class RpcStatus:
         trailers: list[tuple[str, str | bytes]] = [
             ("grpc-status-details-bin", status.SerializeToString())
         ]
-        if self.retry_after_s is not None:
-            trailers.append(("grpc-retry-pushback-ms", str(int(self.retry_after_s * 1000))))
+        if self.pushback_ms is not None:
+            trailers.append(("grpc-retry-pushback-ms", str(self.pushback_ms)))
         return tuple(trailers)
 
 
@@ -107,12 +110,36 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
         case errors.ModelUnloadedError():
             return RpcStatus(code.ABORTED, "MODEL_UNLOADED", message)
         case errors.QueueFullError(retry_after_s=wait_s):
-            return RpcStatus(
-                code.UNAVAILABLE, "QUEUE_FULL", message, [_retry(wait_s)], retry_after_s=wait_s
-            )
+            return _try_again(code.UNAVAILABLE, "QUEUE_FULL", message, wait_s)
         case errors.DrainingError(retry_after_s=wait_s):
+            return _try_again(code.UNAVAILABLE, "DRAINING", message, wait_s)
+        case errors.QueueTimeoutError(retry_after_s=wait_s):
+            return _try_again(code.UNAVAILABLE, "QUEUE_TIMEOUT", message, wait_s)
+        case errors.DeadlineUnmeetableError(expected_wait_s=wait_s):
+            # The same deadline would be refused again: a retry would only sleep until it passes.
             return RpcStatus(
-                code.UNAVAILABLE, "DRAINING", message, [_retry(wait_s)], retry_after_s=wait_s
+                code.UNAVAILABLE,
+                "DEADLINE_UNMEETABLE",
+                message,
+                [_retry(wait_s)],
+                {"expectedWaitMs": str(int(wait_s * 1000))},
+                pushback_ms=NEVER,
+            )
+        case errors.ApiKeyMissingError():
+            return RpcStatus(code.UNAUTHENTICATED, "API_KEY_MISSING", message)
+        case errors.ApiKeyInvalidError():
+            return RpcStatus(code.UNAUTHENTICATED, "API_KEY_INVALID", message)
+        case errors.RoleMissingError(roles=roles):
+            return RpcStatus(
+                code.PERMISSION_DENIED, "ROLE_MISSING", message, metadata={"roles": ",".join(roles)}
+            )
+        case errors.RateLimitedError(key_name=name, retry_after_s=wait_s):
+            return _over_limit(
+                "RATE_LIMITED", name, message, wait_s, requestsPerMinute=error.requests_per_minute
+            )
+        case errors.TooManyStreamsError(key_name=name, retry_after_s=wait_s):
+            return _over_limit(
+                "TOO_MANY_STREAMS", name, message, wait_s, maxStreams=error.max_streams
             )
         case errors.LoadFailedError():
             return RpcStatus(code.INTERNAL, "LOAD_FAILED", message)
@@ -134,6 +161,24 @@ def shorten(text: str) -> str:
         return raw.decode()
     ellipsis = "…"
     return raw[: MAX_TEXT_BYTES - len(ellipsis.encode())].decode("utf-8", "ignore") + ellipsis
+
+
+def _try_again(code: grpc.StatusCode, reason: str, message: str, wait_s: float) -> RpcStatus:
+    return RpcStatus(code, reason, message, [_retry(wait_s)], pushback_ms=int(wait_s * 1000))
+
+
+def _over_limit(
+    reason: str, key_name: str, message: str, wait_s: float, **limits: int
+) -> RpcStatus:
+    """A key's own limit, not the server's: RESOURCE_EXHAUSTED, which grpc does not retry."""
+    return RpcStatus(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        reason,
+        message,
+        [_quota(f"key:{key_name}", message), _retry(wait_s)],
+        {name: str(limit) for name, limit in limits.items()},
+        pushback_ms=int(wait_s * 1000),
+    )
 
 
 def _bad_request(path: str, problem: str) -> details_pb.BadRequest:

@@ -40,6 +40,18 @@ def _is_host(text: str) -> bool:
     return text.endswith("]")
 
 
+def _tcp_address(text: str) -> str:
+    if text.startswith("unix:"):
+        raise ValueError("no TCP address; write HOST:PORT or [IPV6]:PORT (port 0: any)")
+    return _address(text)
+
+
+def _http_url(text: str) -> str:
+    if re.fullmatch(r"https?://[^\s/]+/?", text) is None:
+        raise ValueError("no URL; write http://HOST:4317, or https:// for TLS")
+    return text
+
+
 Address = Annotated[str, AfterValidator(_address)]
 Count = Annotated[int, BeforeValidator(reject_bool), Field(ge=1)]
 # MLX and gRPC take sizes as 64-bit integers.
@@ -60,6 +72,45 @@ class Settings(BaseModel):
         title="address",
         description="Addresses to serve on: `HOST:PORT` (port 0: the kernel picks), "
         "`[IPV6]:PORT` or `unix:PATH`. The flag can be repeated.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None,
+        title="file",
+        examples=["/etc/mlxpool/tls.crt"],
+        description="Certificate chain (PEM) for TLS on every TCP address, the server's own first. "
+        "Read again when it changes. Unset: plaintext.",
+    )
+    tls_key: Path | None = Field(
+        default=None,
+        title="file",
+        examples=["/etc/mlxpool/tls.key"],
+        description="Private key of tls_certificate (PEM, no password). Read again when it "
+        "changes.",
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        title="file",
+        examples=["/etc/mlxpool/clients-ca.crt"],
+        description="Mutual TLS: only clients with a certificate from one of these (PEM) get in. "
+        "Read again when it changes.",
+    )
+    allow_plaintext: bool = Field(
+        default=False,
+        title="true or false",
+        description="Serve without TLS on addresses that other machines can reach. Without it the "
+        "server does not start there.",
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        title="file",
+        examples=["/etc/mlxpool/keys.toml"],
+        description="Hashes of the API keys, their roles and limits (TOML, docs/security.md). Read "
+        "again when it changes. Unset: everyone may do everything.",
+    )
+    health_needs_key: bool = Field(
+        default=False,
+        title="true or false",
+        description="Ask for an API key, of any role, for health checks too.",
     )
     models_dir: Path | None = Field(
         default=None,
@@ -89,6 +140,14 @@ class Settings(BaseModel):
         description="Share of the device's recommended (or else total) memory that the pool "
         "may take when pool_memory_limit_bytes is not set.",
     )
+    prompt_cache_share: Annotated[float, BeforeValidator(reject_bool)] = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        title="fraction",
+        description="Share of the pool's limit that each model may keep of earlier prompts' KV "
+        "cache, for prompts that begin the same. Given back first when memory is short. 0: off.",
+    )
     mlx_cache_limit_bytes: CacheSize | None = Field(
         default=None,
         title="size",
@@ -107,6 +166,12 @@ class Settings(BaseModel):
         description="How weights are held in memory unless a model says: `auto` (the fastest "
         "for the device that fits), `stored`, `float32`, `bfloat16`, `float16`.",
     )
+    warm_up: bool = Field(
+        default=True,
+        title="true or false",
+        description="Run each model once at the end of its load: a GPU's kernels are compiled "
+        "then, and what the model cannot do shows, before the first request waits for it.",
+    )
     max_batch_size: Count = Field(
         default=32, title="count", description="Sequences decoded together per model."
     )
@@ -120,6 +185,13 @@ class Settings(BaseModel):
         default=256,
         title="count",
         description="Requests that may wait per model; further ones get UNAVAILABLE.",
+    )
+    max_queue_wait_s: Annotated[Seconds, Field(gt=0)] | None = Field(
+        default=None,
+        title="seconds",
+        examples=["30"],
+        description="Longest wait for memory and a place in the batch, the model's load not "
+        "counted; then UNAVAILABLE. Unset: as long as the caller waits.",
     )
     default_max_tokens: Count = Field(
         default=4096,
@@ -156,6 +228,32 @@ class Settings(BaseModel):
         title="seconds",
         description="How long streams may finish after the first SIGTERM or SIGINT.",
     )
+    metrics_listen: Annotated[str, AfterValidator(_tcp_address)] | None = Field(
+        default=None,
+        title="address",
+        examples=["127.0.0.1:9464"],
+        description="Where Prometheus reads /metrics, over plain HTTP and without keys "
+        "(docs/metrics.md). Unset: nowhere.",
+    )
+    otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        default=None,
+        title="URL",
+        examples=["http://127.0.0.1:4317"],
+        description="Where OpenTelemetry traces go, by OTLP over gRPC (docs/tracing.md); needs the "
+        "extra `otel`. Unset: no traces.",
+    )
+    engine_stuck_s: Annotated[Seconds, Field(gt=0)] = Field(
+        default=180.0,
+        title="seconds",
+        description="How long one step of the engine may take before health says NOT_SERVING. The "
+        "first steps on a GPU compile kernels, for most of a minute.",
+    )
+    engine_exit_s: Annotated[Seconds, Field(gt=0)] = Field(
+        default=900.0,
+        title="seconds",
+        description="How long one step may take before the process ends with exit code 70, so that "
+        "whoever supervises it starts a new one.",
+    )
     blas_library: Path | None = Field(
         default=None,
         title="file",
@@ -167,7 +265,8 @@ class Settings(BaseModel):
         default=None,
         title="count",
         examples=["2"],
-        description="Threads that BLAS uses (Linux CPU). Unset: by the cores of this process.",
+        description="Threads that BLAS uses (Linux CPU). Unset: measured while serving, up to the "
+        "cores of this process.",
     )
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto",

@@ -25,6 +25,8 @@ class SettingRow:
     # A value that is accepted: the default, or one where there is none.
     example: str
     is_list: bool
+    # A flag without a value means true.
+    is_switch: bool
 
 
 def flag_of(name: str) -> str:
@@ -52,6 +54,7 @@ def describe_settings() -> tuple[SettingRow, ...]:
                 description=field.description or "",
                 example=default or str((field.examples or [""])[0]),
                 is_list=isinstance(field.default, tuple),
+                is_switch=isinstance(field.default, bool),
             )
         )
     return tuple(rows)
@@ -71,9 +74,11 @@ def render_settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _written(value: object) -> str:
+def _written(value: object) -> str:  # noqa: PLR0911 - one for each kind of value
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     if isinstance(value, enum.Enum):

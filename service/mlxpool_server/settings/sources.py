@@ -24,13 +24,20 @@ CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
 _SERVICE_LINK = re.compile(
     r"MLXPOOL_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
 )
-# Names with our prefix that are no settings: the file itself, and where caches are kept.
-# Read elsewhere: by the cache folder, the client and the scripts.
-_OTHER_VARIABLES = frozenset(
-    {CONFIG_VARIABLE, f"{_PREFIX}CACHE_DIR", f"{_PREFIX}TARGET", f"{_PREFIX}EXTRA"}
-)
+# Names with our prefix that are no settings: the file itself, and what the cache folder, the
+# client and the scripts read.
+_OTHERS = (
+    "CONFIG", "CACHE_DIR", "EXTRA",
+    "TARGET", "API_KEY", "TLS", "CA", "CLIENT_CERT", "CLIENT_KEY",
+)  # fmt: skip
+_OTHER_VARIABLES = frozenset(f"{_PREFIX}{name}" for name in _OTHERS)
 _LISTS = frozenset({"listen", "models"})
-_PATHS = frozenset({"models_dir", "blas_library"})
+_PATHS = frozenset(
+    {
+        "models_dir", "blas_library",
+        "tls_certificate", "tls_key", "tls_client_ca", "api_keys_file",
+    }
+)  # fmt: skip
 _MAX_ECHOED_CHARS = 80
 
 

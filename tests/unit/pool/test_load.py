@@ -16,6 +16,7 @@ from fakes.model import FakeBatch, FakeModel
 from fakes.running_engine import PATIENCE_S
 from fakes.running_pool import House, running_house
 from mlxpool_server.domain import (
+    Footprint,
     GenerationPhase,
     HubSource,
     LoadFinished,
@@ -33,6 +34,7 @@ from mlxpool_server.errors import (
     ModelNotFoundError,
     PoolMemoryLimitError,
 )
+from mlxpool_server.pool.reservations import Reservation
 
 
 @pytest.fixture
@@ -343,6 +345,66 @@ async def test_a_model_that_turns_out_too_large_fails() -> None:
             await house.load()
         assert (refusal.value.required_bytes, refusal.value.available_bytes) == (101, 100)
         assert house.pool.used_bytes == 0
+
+
+# ---------------------------------------------------------------- the warm-up's bytes
+
+
+def warmed_files(*, is_loading: bool = False) -> FakeFiles:
+    """100 bytes that stay, and 50 while it loads."""
+    files = FakeFiles(warm_up_bytes=50, model=FakeModel(resident_bytes=100))
+    if is_loading:
+        files.may_load.clear()
+    return files
+
+
+async def test_a_load_holds_its_warm_up_too() -> None:
+    """Until it is over; shown as the model's size are the weights alone."""
+    files = warmed_files(is_loading=True)
+    async with running_house({"m": files}, limit_bytes=150) as house:
+        loading = house.start_load()
+        await house.loading()
+        assert house.pool.used_bytes == 150
+        files.may_load.set()
+        status = (await loading).model
+        assert house.pool.used_bytes == 100
+        assert status.info is not None
+        assert (status.info.estimated_bytes, status.resident_bytes) == (100, 100)
+
+
+async def test_a_warm_up_that_cannot_fit_is_refused() -> None:
+    """Before anything is read or evicted, and foreseen by validate_only."""
+    files = {"idle": FakeFiles.of_size(20), "m": warmed_files()}
+    async with running_house(files, limit_bytes=149) as house:
+        await house.load("idle")
+        for validate_only in (False, True):
+            with pytest.raises(PoolMemoryLimitError) as refusal:
+                await house.load("m", validate_only=validate_only)
+            assert (refusal.value.required_bytes, refusal.value.available_bytes) == (150, 149)
+        assert files["m"].num_loads == 0
+        assert house.pool.used_bytes == 20
+
+
+async def test_a_warm_up_evicts_the_idle() -> None:
+    """They leave for it although the weights alone would fit, as validate_only says."""
+    files = {"idle": FakeFiles.of_size(20), "m": warmed_files()}
+    async with running_house(files, limit_bytes=150) as house:
+        await house.load("idle")
+        foreseen = await house.load("m", validate_only=True)
+        assert foreseen.evicted_models == ("idle",)
+        assert (await house.load("m")).evicted_models == ("idle",)
+
+
+async def test_a_generation_may_have_what_the_warm_up_gives_back() -> None:
+    """Asked during the load, it is judged beside the weights that stay."""
+    files = warmed_files(is_loading=True)
+    async with running_house({"m": files}, limit_bytes=150) as house:
+        loading = house.start_load()
+        await house.loading()
+        wanted = Reservation("m", Footprint(state_bytes=40), num_tokens=1, prompt_tokens=1)
+        house.pool.check_fits(wanted)
+        files.may_load.set()
+        await loading
 
 
 # ---------------------------------------------------------------- unload during a load

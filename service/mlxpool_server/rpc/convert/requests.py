@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -67,7 +68,9 @@ class RequestLimits:
     max_stop_sequence_chars: int
 
 
-def generation_request(request: pb.GenerateRequest, limits: RequestLimits) -> GenerationRequest:
+def generation_request(
+    request: pb.GenerateRequest, limits: RequestLimits, deadline_s: float = math.inf
+) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
     refuse(request, "", "adapter", "constraint")
     refuse(request.stop, "stop.", "max_reasoning_tokens")
@@ -90,6 +93,7 @@ def generation_request(request: pb.GenerateRequest, limits: RequestLimits) -> Ge
         priority=choice(request.priority, PRIORITIES, "priority"),
         keep_alive_s=_keep_alive(request),
         require_loaded=request.require_loaded,
+        deadline_s=deadline_s,
     )
 
 

@@ -51,6 +51,7 @@ def model(status: domain.ModelStatus) -> pb.Model:
         queued_requests=status.queued_requests,
         pinned=status.pinned,
         aliases=status.aliases,
+        activity=_activity(status.activity),
     )
     if status.info is not None:
         message.revision = status.info.revision
@@ -65,6 +66,20 @@ def model(status: domain.ModelStatus) -> pb.Model:
         if time is not None:
             getattr(message, name).CopyFrom(timestamp(time))
     return message
+
+
+def _activity(activity: domain.ModelActivity) -> pb.ModelActivity:
+    return pb.ModelActivity(
+        finished_generations=activity.finished_generations,
+        prompt_tokens=activity.prompt_tokens,
+        cached_prompt_tokens=activity.cached_prompt_tokens,
+        completion_tokens=activity.completion_tokens,
+        first_tokens=activity.first_tokens,
+        time_to_first_token=duration(activity.time_to_first_token_s),
+        loads=activity.loads,
+        failed_loads=activity.failed_loads,
+        evictions=activity.evictions,
+    )
 
 
 def load_event(event: domain.LoadProgress | domain.LoadFinished) -> pb.LoadModelResponse:

@@ -1,1 +1,1 @@
-"""What happens around every call of our own services."""
+"""What happens around every call."""

@@ -1,16 +1,19 @@
-"""Puts context managers around the handlers of our own services, unary and streaming alike."""
+"""Lets calls through the gate, and puts context managers around their handlers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.errors import InvalidFieldError, MlxpoolError
+from mlxpool_server.rpc import call_log
+from mlxpool_server.rpc.access.gate import Gate, Pass
 
 OWN_PREFIX = "/mlxpool."
 
@@ -21,13 +24,15 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class AroundInterceptor(aio.ServerInterceptor):
-    """Runs each of our handlers inside every `around(method, context)`, the first one outermost.
+    """Runs each handler inside every `around(method, context)`, the first one outermost.
 
-    The standard services (health, reflection, channelz) are left alone.
+    `own` are for our services, `standard` for health, reflection and channelz.
     """
 
-    def __init__(self, *arounds: Around) -> None:
-        self._arounds = arounds
+    def __init__(self, gate: Gate, *, own: Sequence[Around], standard: Sequence[Around]) -> None:
+        self._gate = gate
+        self._own = tuple(own)
+        self._standard = tuple(standard)
 
     async def intercept_service(
         self,
@@ -36,44 +41,87 @@ class AroundInterceptor(aio.ServerInterceptor):
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(OWN_PREFIX):
-            return handler
+        if handler is None:
+            return None
+        try:
+            caller = self._gate.admit(method, handler_call_details.invocation_metadata)
+        except MlxpoolError as error:
+            # Whatever the method's kind: such a handler reads no request from a stranger.
+            return grpc.stream_stream_rpc_method_handler(_refusal(error, _Call(method, self._own)))
+        is_own = method.startswith(OWN_PREFIX)
+        call = _Call(method, self._own if is_own else self._standard, caller)
+        formats = {
+            "request_deserializer": _Reader(handler.request_deserializer),
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.stream_stream is not None:
+            run = _stream_stream(handler.stream_stream, call)
+            return grpc.stream_stream_rpc_method_handler(run, **formats)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, handler.unary_stream),
-                request_deserializer=_Reader(handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler.unary_unary),
-            request_deserializer=_Reader(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+            run = _unary_stream(handler.unary_stream, call)
+            return grpc.unary_stream_rpc_method_handler(run, **formats)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, call), **formats)
 
-    def _unary(self, method: str, call: Any) -> Any:
-        async def run(request: Any, context: Context) -> Any:
-            async with self._around(method, context):
-                return await call(_readable(request), context)
 
-        return run
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is around a method's handler."""
 
-    def _stream(self, method: str, call: Any) -> Any:
-        async def run(request: Any, context: Context) -> AsyncGenerator[Any, None]:
-            async with (
-                self._around(method, context),
-                aclosing(call(_readable(request), context)) as messages,
-            ):
-                async for message in messages:
-                    yield message
-
-        return run
+    method: str
+    arounds: Sequence[Around]
+    caller: Pass = field(default_factory=Pass)
 
     @asynccontextmanager
-    async def _around(self, method: str, context: Context) -> AsyncGenerator[None, None]:
+    async def around(self, context: Context) -> AsyncGenerator[None, None]:
         async with AsyncExitStack() as stack:
-            for around in self._arounds:
-                await stack.enter_async_context(around(method, context))
+            for around in self.arounds:
+                await stack.enter_async_context(around(self.method, context))
+            call_log.add(key=self.caller.name)
             yield
+
+
+def _refusal(error: MlxpoolError, call: _Call) -> Any:
+    async def refuse(_: Any, context: Context) -> None:
+        async with call.around(context):
+            call_log.add(key=getattr(error, "key_name", None))
+            raise error
+
+    return refuse
+
+
+def _unary(handle: Any, call: _Call) -> Any:
+    async def run(request: Any, context: Context) -> Any:
+        async with call.around(context):
+            return await handle(_readable(request), context)
+
+    return run
+
+
+def _unary_stream(handle: Any, call: _Call) -> Any:
+    async def run(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+        async with call.around(context):
+            with call.caller.stream():
+                async with aclosing(handle(_readable(request), context)) as messages:
+                    async for message in messages:
+                        yield message
+
+    return run
+
+
+def _stream_stream(handle: Any, call: _Call) -> Any:
+    async def run(requests: AsyncIterable[Any], context: Context) -> AsyncGenerator[Any, None]:
+        async with call.around(context):
+            with call.caller.stream():
+                async with aclosing(handle(_all_readable(requests), context)) as messages:
+                    async for message in messages:
+                        yield message
+
+    return run
+
+
+async def _all_readable(requests: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    async for request in requests:
+        yield _readable(request)
 
 
 class _Reader:

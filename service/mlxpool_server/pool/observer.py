@@ -1,0 +1,34 @@
+"""What the pool tells whoever keeps statistics. metrics/ implements it; the pool knows no more."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mlxpool_server.domain import GenerationFinished
+
+
+class PoolObserver(Protocol):
+    """Called on the event loop, at the moment itself: quick, and never raising."""
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """The first token of a generation, so long after its request came."""
+
+    def inter_token(self, model: str, seconds: float) -> None:
+        """The time per token since the last text of a generation that streams."""
+
+    def generation_finished(self, model: str, finished: GenerationFinished) -> None: ...
+
+    def load_finished(self, model: str, seconds: float) -> None:
+        """A load that succeeded, so long after it was asked for."""
+
+
+class Unobserved:
+    """Nobody keeps statistics."""
+
+    def first_token(self, model: str, seconds: float) -> None: ...
+
+    def inter_token(self, model: str, seconds: float) -> None: ...
+
+    def generation_finished(self, model: str, finished: GenerationFinished) -> None: ...
+
+    def load_finished(self, model: str, seconds: float) -> None: ...
