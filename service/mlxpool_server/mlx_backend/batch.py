@@ -93,7 +93,10 @@ class MlxBatch:
         output = self._prefill() if is_prefill else self._decode()
         if kind == self._last_kind:
             duration_s = time.monotonic() - started_at
-            self._threads.end(kind, duration_s / max(1, self._num_prefilled if is_prefill else 1))
+            if is_prefill:
+                self._threads.end(kind, duration_s / max(1, self._num_prefilled))
+            else:
+                self._threads.end(kind, duration_s, len(output.tokens))
         self._last_kind = kind
         return output
 
@@ -138,7 +141,9 @@ class MlxBatch:
         if complete:
             self._sample_first(complete, logits)
             for index, row in enumerate(complete):
-                self._prefixes.keep(row.prompt, caches, index)
+                # A shorter one is kept with its answer: until then nobody waits for it.
+                if len(row.prompt) - row.num_cached > SIBLING_TOKENS:
+                    self._prefixes.keep(row.prompt, caches, index)
             self._join(complete, caches)
         if prefill.rows:
             self._begun.append(prefill)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mlxpool_server.mlx_backend.cpu_quota import usable_cpus
 from mlxpool_server.mlx_backend.openblas import OpenBlas
 
 # Steps with one number of threads before it is judged.
@@ -19,6 +20,8 @@ TRIAL_STEPS = 8
 SETTLED_STEPS = 256
 # A neighbour has to be faster by so much: less is noise.
 GAIN = 1.05
+# What a token costs the processors outside of the engine: the event loop, a client beside it.
+TOKEN_S = 0.2e-3
 
 
 @dataclass(slots=True)
@@ -40,7 +43,8 @@ class _Kind:
 class ThreadTuner:
     """Engine thread only. A kind of work is any name for steps that cost alike."""
 
-    def __init__(self, most: int, set_threads: Callable[[int], None]) -> None:
+    def __init__(self, most: int, set_threads: Callable[[int], None], num_cpus: int) -> None:
+        self._num_cpus = num_cpus
         self._choices = sorted({1, most, *(1 << bits for bits in range(1, most.bit_length()))})
         self._choices = [threads for threads in self._choices if threads <= most]
         self._set_threads = set_threads
@@ -53,7 +57,7 @@ class ThreadTuner:
         """None where there is nothing to choose."""
         if blas is None or blas.set_threads is None or blas.threads == 1:
             return None
-        return cls(blas.threads, blas.set_threads)
+        return cls(blas.threads, blas.set_threads, usable_cpus())
 
     def begin(self, kind: object) -> None:
         """Set the threads for the next step."""
@@ -66,8 +70,8 @@ class ThreadTuner:
         # Each time: another model's steps may have come between.
         self._set_threads(state.current)
 
-    def end(self, kind: object, cost: float) -> None:
-        """Tell what the step took, in seconds for what it did."""
+    def end(self, kind: object, duration_s: float, num_tokens: int = 0) -> None:
+        """Tell what the step took, and how many tokens others now have to deliver."""
         state = self._kinds[kind]
         # The step before, with other threads, may have been running into it.
         if self._is_changed:
@@ -75,7 +79,9 @@ class ThreadTuner:
         if not state.trials:
             self._wait_for_trials(state)
             return
-        state.measured.append(cost)
+        # Threads that compute keep the processors from those who deliver.
+        busy_s = state.current * duration_s + num_tokens * TOKEN_S
+        state.measured.append(max(duration_s, busy_s / self._num_cpus))
         if len(state.measured) == TRIAL_STEPS:
             state.costs[state.trials.pop(0)] = statistics.median(state.measured)
             state.measured.clear()

@@ -7,8 +7,7 @@ ones) are kept as they were at a segment's end, so with them only whole segments
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +27,8 @@ class _Segment:
     parent: _Segment | None
     # How many of the parent's tokens come before this one's.
     offset: int = 0
-    children: list[_Segment] = field(default_factory=list)
-    used_at: int = 0
+    # By the place in this one's tokens and their own first token.
+    children: dict[tuple[int, int], list[_Segment]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +42,9 @@ class PrefixCache:
         self._root = _Segment((), [], None)
         self._limit_bytes = 0
         self._nbytes = 0
-        self._uses = itertools.count(1)
+        # Least recently used first; a segment is used with each of its children, and after them,
+        # so the first one has none.
+        self._order: dict[_Segment, None] = {}
 
     @property
     def nbytes(self) -> int:
@@ -91,68 +92,65 @@ class PrefixCache:
             return
         pieces = [piece_of(cache, row, start, len(tokens)) for cache in caches]
         parent, offset = path[-1] if path else (self._root, 0)
-        segment = _Segment(tuple(tokens[start:]), pieces, parent, offset, used_at=next(self._uses))
+        segment = _Segment(tuple(tokens[start:]), pieces, parent, offset)
         if not self._make_room(segment.nbytes, path):
             return
         # Without waiting: until it is done, the copy keeps the whole batch's caches alive.
         arrays = [array for piece in pieces for array in piece.arrays]
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-        parent.children.append(segment)
+        parent.children.setdefault((offset, segment.tokens[0]), []).append(segment)
         self._nbytes += segment.nbytes
+        self._touch([*path, (segment, 0)])
 
     def _path(self, tokens: Sequence[int]) -> list[tuple[_Segment, int]]:
         """The segments that these tokens run through, and how many of each one's they share."""
         path: list[tuple[_Segment, int]] = []
         segment, count, start = self._root, 0, 0
-        while found := self._longest(segment.children, count, tokens[start:]):
+        while found := _longest(segment, count, tokens[start:]):
             segment, count = found
             path.append(found)
             start += count
         return path
 
-    def _longest(
-        self, children: Sequence[_Segment], offset: int, tokens: Sequence[int]
-    ) -> tuple[_Segment, int] | None:
-        shared = [
-            (child, _shared(child.tokens, tokens))
-            for child in children
-            if child.offset == offset and tokens and child.tokens[0] == tokens[0]
-        ]
-        usable = [
-            (child, count)
-            for child, count in shared
-            if count == len(child.tokens) or _can_be_cut(child)
-        ]
-        return max(usable, key=lambda each: each[1], default=None)
-
     def _touch(self, path: list[tuple[_Segment, int]]) -> None:
-        for segment, _ in path:
-            segment.used_at = next(self._uses)
+        for segment, _ in reversed(path):
+            self._order.pop(segment, None)
+            self._order[segment] = None
 
     def _make_room(self, num_bytes: int, path: list[tuple[_Segment, int]]) -> bool:
         """Whether so much more fits now; what it would hang on has to stay."""
-        kept = {id(segment) for segment, _ in path}
         if num_bytes + sum(segment.nbytes for segment, _ in path) > self._limit_bytes:
             return False
-        self._shrink_to(self._limit_bytes - num_bytes, kept)
-        return self._nbytes + num_bytes <= self._limit_bytes
+        # The path was just used: it goes last.
+        self._shrink_to(self._limit_bytes - num_bytes)
+        return True
 
-    def _shrink_to(self, limit_bytes: int, kept: frozenset[int] | set[int] = frozenset()) -> None:
+    def _shrink_to(self, limit_bytes: int) -> None:
         while self._nbytes > limit_bytes:
-            leaves = [leaf for leaf in self._leaves(self._root) if id(leaf) not in kept]
-            if not leaves:
-                return
-            oldest = min(leaves, key=lambda leaf: leaf.used_at)
-            if oldest.parent is not None:
-                oldest.parent.children.remove(oldest)
+            oldest = next(iter(self._order))
+            del self._order[oldest]
             self._nbytes -= oldest.nbytes
+            if oldest.parent is not None:
+                key = oldest.offset, oldest.tokens[0]
+                oldest.parent.children[key].remove(oldest)
+                if not oldest.parent.children[key]:
+                    del oldest.parent.children[key]
 
-    def _leaves(self, segment: _Segment) -> Iterator[_Segment]:
-        for child in segment.children:
-            if child.children:
-                yield from self._leaves(child)
-            else:
-                yield child
+
+def _longest(segment: _Segment, offset: int, tokens: Sequence[int]) -> tuple[_Segment, int] | None:
+    """The child at this place that shares most with `tokens`, and how much."""
+    if not tokens:
+        return None
+    shared = [
+        (child, _shared(child.tokens, tokens))
+        for child in segment.children.get((offset, tokens[0]), ())
+    ]
+    usable = [
+        (child, count)
+        for child, count in shared
+        if count == len(child.tokens) or _can_be_cut(child)
+    ]
+    return max(usable, key=lambda each: each[1], default=None)
 
 
 def _can_be_cut(segment: _Segment) -> bool:

@@ -16,12 +16,12 @@ from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.model_config import one_line
 
 # Rows take turns with these: prompts of different lengths, and both ways to pick a token.
-PROMPT_TOKENS = (3, 5)
+PROMPT_TOKENS = (1, 2)
 SAMPLINGS = (
     SamplingParams(temperature=0.0, seed=0),
     SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=0),
 )
-NUM_TOKENS = 4
+NUM_TOKENS = 3
 CPU_ROWS = (2,)
 # A GPU's kernels are chosen by the number of rows.
 GPU_ROWS = (2, 8, 1)

@@ -16,18 +16,18 @@ class Machine:
     def __init__(self, most: int, cost: Callable[[int], float]) -> None:
         self.threads = 0
         self.cost = cost
-        self.tuner = ThreadTuner(most, self._set)
+        self.tuner = ThreadTuner(most, self._set, num_cpus=most)
 
     def _set(self, threads: int) -> None:
         self.threads = threads
 
-    def run(self, steps: int, kind: object = "decode") -> list[int]:
+    def run(self, steps: int, kind: object = "decode", num_tokens: int = 0) -> list[int]:
         """The threads of each step."""
         seen = []
         for _ in range(steps):
             self.tuner.begin(kind)
             seen.append(self.threads)
-            self.tuner.end(kind, self.cost(self.threads))
+            self.tuner.end(kind, self.cost(self.threads), num_tokens)
         return seen
 
 
@@ -86,6 +86,14 @@ def test_kinds_are_apart() -> None:
     machine.cost = lambda threads: 1.0 / threads
     assert settled(machine, "prefill") == 4
     assert machine.run(1, "one row") == [1]
+
+
+def test_who_delivers_needs_a_processor() -> None:
+    """Two threads that gain a third are not worth it when 64 tokens wait to be delivered."""
+    machine = Machine(2, lambda threads: 0.009 if threads == 1 else 0.006)
+    machine.run(10 * TRIAL_STEPS, num_tokens=64)
+    assert machine.run(1) == [1]
+    assert settled(Machine(2, lambda threads: 0.077 if threads == 1 else 0.066)) == 2
 
 
 def test_trying_is_rare() -> None:

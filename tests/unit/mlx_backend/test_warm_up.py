@@ -16,7 +16,7 @@ from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 from mlxpool_server.mlx_backend import warm_up as warm_up_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
-from mlxpool_server.mlx_backend.warm_up import warm_up_bytes
+from mlxpool_server.mlx_backend.warm_up import PROMPT_TOKENS, warm_up_bytes
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, write_model
 
 EVERY_ARCHITECTURE = [*ARCHITECTURES, *RARE_ARCHITECTURES]
@@ -236,5 +236,5 @@ def test_it_takes_no_more_than_is_reserved(architecture: str, tmp_path: Path) ->
 def test_reserved_bytes_follow_the_footprint() -> None:
     """Two rows of nine tokens, of which a pass works on ten prompt tokens."""
     footprint = Footprint(state_bytes=1000, activation_bytes_per_token=7)
-    assert warm_up_bytes(footprint) == 2 * 1000 + 10 * 7
+    assert warm_up_bytes(footprint) == 2 * 1000 + 2 * max(PROMPT_TOKENS) * 7
     assert warm_up_bytes(Footprint()) == 0
