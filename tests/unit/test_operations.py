@@ -50,10 +50,16 @@ def container() -> dict[str, Any]:
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     """systemd-analyze verify has nothing to say, once the command is one that is here."""
     unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/opt/mlxpool/bin/mlxpool", sys.executable))
-    command = [tool("systemd-analyze"), "verify", str(unit)]
+    # By a path without spaces, wherever the project lies.
+    command = tmp_path / "mlxpool"
+    command.symlink_to(sys.executable)
+    unit.write_text(UNIT.read_text().replace("/opt/mlxpool/bin/mlxpool", str(command)))
     verify = subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        [tool("systemd-analyze"), "verify", str(unit)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert (verify.returncode, verify.stderr) == (0, "")
 

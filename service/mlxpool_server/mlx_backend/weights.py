@@ -97,6 +97,9 @@ def _filled(
     processors: AbstractContextManager[None],
 ) -> Iterator[int]:
     """Fill a large weight some rows at a time."""
+    # A turn each: the memory is written for the first time here, and the stored form read.
+    _evaluate([weight], processors)
+    _evaluate([read_rows(slice(0, 1))], processors)
     num_rows = max(1, PORTION_BYTES * weight.shape[0] // weight.nbytes)
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, min(start + num_rows, weight.shape[0]))

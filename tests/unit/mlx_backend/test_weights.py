@@ -144,7 +144,9 @@ def test_processors_are_held_while_a_portion_is_evaluated_and_no_longer(
         num_portions += 1
         assert not processors.is_held
     assert held == [True] * len(held)
-    assert processors.num_holds == num_portions > 5
+    # A large weight takes turns of its own before its first portion.
+    assert processors.num_holds >= num_portions > 5
+    assert processors.num_holds == len(held)
 
 
 def test_arrays_outside_of_the_parameters_are_found(tmp_path: Path) -> None:
