@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_logits_processors
 
 from mlxpool_server.domain import SamplingParams
+from references.sampling import processors_of
 
 # Two words nearer to each other than this may change places by rounding.
 CLEAR_MARGIN = 1e-3
@@ -26,16 +26,7 @@ def greedy_alone(
 ) -> list[int]:
     """Up to `count` tokens of a greedy request; fewer where the next one is not clear."""
     params = sampling or SamplingParams()
-    size = params.penalty_context_size
-    processors = make_logits_processors(
-        dict(params.logit_bias) or None,
-        params.repetition_penalty,
-        size,
-        params.presence_penalty,
-        size,
-        params.frequency_penalty,
-        size,
-    )
+    processors = processors_of(params)
     if params == SamplingParams(temperature=params.temperature, seed=params.seed):
         # They would do nothing, slowly.
         processors = []

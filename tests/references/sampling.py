@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.sample_utils import LogitsProcessor, make_logits_processors
 from numpy.typing import NDArray
 
 from mlxpool_server.domain import SamplingParams
@@ -110,11 +110,10 @@ def picked(probs: Floats, number: float) -> int | None:
     return int(np.flatnonzero((reached >= number) & (probs > 0))[0])
 
 
-def penalized(logits: Floats, params: SamplingParams, context: Sequence[int]) -> Floats:
-    """Logits of one row after mlx-lm's own bias and penalties."""
+def processors_of(params: SamplingParams) -> list[LogitsProcessor]:
+    """mlx-lm's own bias and penalties."""
     size = params.penalty_context_size
-    row = mx.array(logits.astype(np.float32))[None]
-    processors = make_logits_processors(
+    processors: list[LogitsProcessor] = make_logits_processors(
         dict(params.logit_bias) or None,
         params.repetition_penalty,
         size,
@@ -123,6 +122,12 @@ def penalized(logits: Floats, params: SamplingParams, context: Sequence[int]) ->
         params.frequency_penalty,
         size,
     )
-    for processor in processors:
+    return processors
+
+
+def penalized(logits: Floats, params: SamplingParams, context: Sequence[int]) -> Floats:
+    """Logits of one row after mlx-lm's own bias and penalties."""
+    row = mx.array(logits.astype(np.float32))[None]
+    for processor in processors_of(params):
         row = processor(mx.array(list(context), dtype=mx.int32), row)
     return np.asarray(row[0])

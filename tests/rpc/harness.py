@@ -232,8 +232,8 @@ class Failure:
         return next(each for each in self.details if isinstance(each, kind))
 
 
-async def failure_of(call: Any) -> Failure:
-    """Run a unary or streaming call to its end, which has to be an error."""
+async def outcome(call: Any) -> Failure | None:
+    """Run a unary or streaming call to its end; how it failed, or None."""
     try:
         if hasattr(call, "read"):
             async for _ in call:
@@ -246,7 +246,15 @@ async def failure_of(call: Any) -> Failure:
         if await call.code() is grpc.StatusCode.CANCELLED:
             return Failure(grpc.StatusCode.CANCELLED, await call.details() or "")
         raise
-    raise AssertionError("the call succeeded")
+    return None
+
+
+async def failure_of(call: Any) -> Failure:
+    """The same for a call that has to fail."""
+    failure = await outcome(call)
+    if failure is None:
+        raise AssertionError("the call succeeded")
+    return failure
 
 
 def read_failure(error: aio.AioRpcError) -> Failure:

@@ -32,7 +32,7 @@ from rpc.harness import (
     chat_prompt,
     failure_of,
     final_text,
-    read_failure,
+    outcome,
     release,
     running_server,
     text_request,
@@ -91,19 +91,6 @@ def calls(server: Server, **options: Any) -> dict[str, Any]:
         "reflection": reflect.ServerReflectionInfo(iter([ask]), **options),
         "channelz": channelz.GetServers(channelz_pb2.GetServersRequest(), **options),
     }
-
-
-async def outcome(call: Any) -> Failure | None:
-    """How a call failed; None: it did not."""
-    try:
-        if hasattr(call, "read"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    except aio.AioRpcError as error:
-        return read_failure(error)
-    return None
 
 
 # ---------------------------------------------------------------- keys

@@ -9,23 +9,18 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxpool_server.mlx_backend.override import Call, override
+
 
 def flatten_rows(model: nn.Module) -> None:
     """Teach a model's quantised layers, and those heads that are quantised embeddings."""
     for module in model.modules():
         if isinstance(module, nn.QuantizedLinear):
-            _teach(module, "__call__")
+            override(module, "__call__", _flat)
         elif isinstance(module, nn.QuantizedEmbedding):
-            _teach(module, "as_linear")
+            override(module, "as_linear", _flat)
 
 
-def _teach(module: nn.Module, method: str) -> None:
-    original = type(module)
-
-    def flat(self: nn.Module, hidden: mx.array) -> mx.array:
-        call = getattr(original, method)
-        is_step = hidden.ndim == 3 and hidden.shape[1] == 1  # noqa: PLR2004
-        output: mx.array = call(self, hidden[:, 0])[:, None] if is_step else call(self, hidden)
-        return output
-
-    module.__class__ = type(original.__name__, (original,), {method: flat})
+def _flat(product: Call, hidden: mx.array) -> mx.array:
+    is_step = hidden.ndim == 3 and hidden.shape[1] == 1  # noqa: PLR2004
+    return product(hidden[:, 0])[:, None] if is_step else product(hidden)

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxpool_server.mlx_backend.override import Call, override
+
 
 class LastRows:
     """Runs a model, whose head it has taught to look at the last rows only."""
@@ -23,10 +25,10 @@ class LastRows:
         for module in model.modules():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 # A model without a head of its own uses its embedding.
-                _teach(module, self, "as_linear")
+                override(module, "as_linear", self._pick_first)
             head = module.get("lm_head")
             if isinstance(head, nn.Module):
-                _teach(head, self, "__call__")
+                override(head, "__call__", self._pick_first)
 
     def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
         """Logits of the last of each row's `counts` tokens: (rows, vocabulary)."""
@@ -46,13 +48,5 @@ class LastRows:
             return hidden
         return mx.take_along_axis(hidden, self._last[:, None, None], axis=1)
 
-
-def _teach(head: nn.Module, rows: LastRows, method: str) -> None:
-    """Make `head` pick its rows first; everything else about it stays."""
-    original = type(head)
-
-    def picking(self: nn.Module, hidden: mx.array) -> mx.array:
-        logits: mx.array = getattr(original, method)(self, rows.pick(hidden))
-        return logits
-
-    head.__class__ = type(original.__name__, (original,), {method: picking})
+    def _pick_first(self, head: Call, hidden: mx.array) -> mx.array:
+        return head(self.pick(hidden))

@@ -55,7 +55,7 @@ from mlxpool_server.mlx_backend.model_size import (
     vocabulary_of,
 )
 from mlxpool_server.mlx_backend.openblas import OpenBlas
-from mlxpool_server.mlx_backend.row_cache import UnbatchableError, new_caches
+from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
 from mlxpool_server.mlx_backend.weights import all_arrays, evaluated
@@ -84,7 +84,7 @@ class MlxModel:
         self._prefill_tokens = prefill_tokens
         self._blas = blas
         self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
-        self._batch_problem = _batch_problem(model)
+        self._batch_problem = batch_problem(model)
 
     @property
     def batch_problem(self) -> str:
@@ -281,15 +281,6 @@ def _footprint(spec: ModelSpec, config: dict[str, Any], dtype: mx.Dtype | None) 
         # The load will say so; a model that cannot be loaded generates nothing.
         log.debug("model.footprint_unknown", model=spec.name, error=one_line(error))
         return Footprint()
-
-
-def _batch_problem(model: nn.Module) -> str:
-    """Why several rows do not fit into the model's caches; empty when they do."""
-    try:
-        new_caches(model, 1)
-    except UnbatchableError as error:
-        return f"its {error} holds one row only"
-    return ""
 
 
 def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> Path | None:

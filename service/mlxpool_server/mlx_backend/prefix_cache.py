@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxpool_server.mlx_backend.row_cache import join_pieces, piece_of
+from mlxpool_server.mlx_backend.pieces import Piece, join_pieces, piece_of
 
 # Shorter ones cost more to keep than to compute again.
 MIN_SEGMENT_TOKENS = 16
@@ -23,7 +23,7 @@ MIN_SEGMENT_TOKENS = 16
 class _Segment:
     tokens: tuple[int, ...]
     # One a layer.
-    pieces: list[Any]
+    pieces: list[Piece]
     parent: _Segment | None
     # How many of the parent's tokens come before this one's.
     offset: int = 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from mlxpool_server.domain import KV_STEP_TOKENS
@@ -188,13 +187,13 @@ def new_caches(model: nn.Module, num_rows: int) -> list[Any]:
     return [_batched(cache, lengths) for cache in make_prompt_cache(model)]
 
 
-def is_batchable(model: nn.Module) -> bool:
-    """Whether several rows fit into the model's caches."""
+def batch_problem(model: nn.Module) -> str:
+    """Why several rows do not fit into the model's caches; empty when they do."""
     try:
         new_caches(model, 1)
-    except UnbatchableError:
-        return False
-    return True
+    except UnbatchableError as error:
+        return f"its {error} holds one row only"
+    return ""
 
 
 class UnbatchableError(Exception):
@@ -209,75 +208,6 @@ def _batched(cache: Any, lengths: Lengths) -> Any:
     if not hasattr(cache, "merge"):
         raise UnbatchableError(type(cache).__name__)
     return cache.merge([copy.copy(cache) for _ in lengths.rows])
-
-
-class KvPiece:
-    """Some tokens' keys and values of one row and layer: (1, heads, tokens, head size) each."""
-
-    can_be_cut = True
-
-    def __init__(self, keys: mx.array, values: mx.array) -> None:
-        self.arrays = [keys, values]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-
-class StatePiece:
-    """A whole cache of one row, for layers whose state at an earlier token cannot be told."""
-
-    can_be_cut = False
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-        flat: Any = tree_flatten(cache.state)
-        self.arrays = [array for _, array in flat if isinstance(array, mx.array)]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-
-class ListPiece:
-    """Of a layer that has several caches."""
-
-    def __init__(self, pieces: list[Any]) -> None:
-        self.pieces = pieces
-        self.arrays = [array for piece in pieces for array in piece.arrays]
-        self.can_be_cut = all(piece.can_be_cut for piece in pieces)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-
-def piece_of(cache: Any, row: int, start: int, end: int) -> KvPiece | StatePiece | ListPiece:
-    """A copy of what a batch's cache holds of one row's tokens from `start` to `end`."""
-    if isinstance(cache, RowCache):
-        return KvPiece(*cache.cut(row, start, end))
-    if isinstance(cache, CacheList):
-        return ListPiece([piece_of(each, row, start, end) for each in cache.caches])
-    return StatePiece(cache.extract(row))
-
-
-def join_pieces(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
-    """A batch's cache of one row, made of the first `counts` tokens of these pieces."""
-    last = pieces[-1]
-    if isinstance(last, ListPiece):
-        parts = zip(*(piece.pieces for piece in pieces), strict=True)
-        return CacheList(*(join_pieces(part, counts) for part in parts))
-    if isinstance(last, StatePiece):
-        return last.cache.merge([copy.deepcopy(last.cache)])
-    cache = RowCache(Lengths((sum(counts),)))
-    cuts = [
-        [array[:, :, :count] for array in piece.arrays]
-        for piece, count in zip(pieces, counts, strict=True)
-    ]
-    keys, values = zip(*cuts, strict=True)
-    cache.keys = mx.concatenate(list(keys), axis=2)
-    cache.values = mx.concatenate(list(values), axis=2)
-    return cache
 
 
 def _capacity(num_tokens: int) -> int:

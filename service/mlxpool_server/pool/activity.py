@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 from mlxpool_server.domain import (
     GenerationDelta,
@@ -22,10 +23,14 @@ class Activity:
 
     def __init__(self, observer: PoolObserver | None = None) -> None:
         self.observer: PoolObserver = observer or Unobserved()
-        self._counts: dict[str, ModelActivity] = {}
+        # By model and field of ModelActivity: each delta of each stream adds to one of them.
+        self._counts: defaultdict[str, defaultdict[str, Any]] = defaultdict(
+            lambda: defaultdict(int)
+        )
 
     def of(self, model: str) -> ModelActivity:
-        return self._counts.get(model, ModelActivity())
+        counts = self._counts.get(model)
+        return ModelActivity() if counts is None else ModelActivity(**counts)
 
     def meter(self, model: str, received_at: float) -> Meter:
         """For one generation; `received_at` is an instant of time.monotonic."""
@@ -43,9 +48,9 @@ class Activity:
 
     def add(self, model: str, **amounts: float) -> None:
         """Add to these counts of the model."""
-        counts = self.of(model)
-        sums = {name: getattr(counts, name) + amount for name, amount in amounts.items()}
-        self._counts[model] = replace(counts, **sums)
+        counts = self._counts[model]
+        for name, amount in amounts.items():
+            counts[name] += amount
 
 
 class Meter:

@@ -17,7 +17,7 @@ from mlxpool_server.mlx_backend import batch as batch_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
-from mlxpool_server.mlx_backend.row_cache import is_batchable
+from mlxpool_server.mlx_backend.row_cache import batch_problem
 from references.generation import greedy_alone
 from tiny_models import VOCAB_SIZE, write_model
 
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_batched_serves_a_row_at_a_time(
     folder = write_model(tmp_path / "m", head_dim=32)
     model, reference = (load_model(folder)[0] for _ in range(2))
     model.make_cache = reference.make_cache = caches_of_one_row(kind)
-    assert not is_batchable(model)
+    assert batch_problem(model)
     batch = MlxBatch(
         LastRows(model), vocab_size=VOCAB_SIZE, is_batchable=False, prefill_tokens=CHUNK
     )

@@ -19,7 +19,7 @@ from mlxpool_server.mlx_backend.row_cache import (
     Lengths,
     RowCache,
     UnbatchableError,
-    is_batchable,
+    batch_problem,
     new_caches,
 )
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, write_model
@@ -277,7 +277,7 @@ def test_every_architecture_gets_the_caches_it_asks_for(
 ) -> None:
     """Plain ones become rows of their own lengths, others stay mlx-lm's."""
     model = read(tmp_path, architecture)
-    assert is_batchable(model) is (expected is not None)
+    assert (not batch_problem(model)) is (expected is not None)
     if expected is None:
         with pytest.raises(UnbatchableError, match="ChunkedKVCache"):
             new_caches(model, 2)
@@ -310,7 +310,7 @@ def test_every_architecture_is_here() -> None:
 def test_caches_of_one_row_cannot_be_batched(cache: Any) -> None:
     """The error names the class, also one inside a list."""
     model = Layered(mlx_caches.KVCache(), cache)
-    assert not is_batchable(model)
+    assert batch_problem(model)
     inner = cache.caches[1] if isinstance(cache, mlx_caches.CacheList) else cache
     with pytest.raises(UnbatchableError, match=type(inner).__name__):
         new_caches(model, 1)
