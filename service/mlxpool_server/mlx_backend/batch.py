@@ -33,7 +33,7 @@ SIBLING_TOKENS = 128
 
 
 class MlxBatch:
-    """Engine thread only. A step is either a pass over prompts or a token for every row."""
+    """Engine thread only. A step is a token for every row, a pass over prompts, or both."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class MlxBatch:
         self._decodes = [decode for decode in self._decodes if decode.rows]
 
     def step(self) -> StepOutput:
-        is_prefill = self._is_prefill_turn()
+        is_prefill = self._has_prompts
         if self._threads is None:
             return self._prefill() if is_prefill else self._decode()
         rows = sum(len(decode.rows) for decode in self._decodes)
@@ -123,12 +123,12 @@ class MlxBatch:
 
     # ------------------------------------------------------------ prompts
 
-    def _is_prefill_turn(self) -> bool:
-        if not (self._waiting or self._begun):
-            return False
-        if not self._decodes:
-            return True
-        # Short prompts go in one after the other, as long as the streams can wait.
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self._waiting or self._begun)
+
+    def _can_streams_wait(self) -> bool:
+        """Short prompts go in one after the other, for as long."""
         return time.monotonic() - self._decoded_at < self._pace.target_s(is_decoding=True)
 
     def _prefill(self) -> StepOutput:
@@ -138,6 +138,10 @@ class MlxBatch:
         rows = list(prefill.rows)
         num_tokens = min(max(1, limit // len(rows)), prefill.num_left)
         complete, logits, caches = prefill.step(self._model, num_tokens)
+        tokens: list[tuple[int, int]] = []
+        if not (self._has_prompts and self._can_streams_wait()):
+            # Behind the pass: the device has work while its outcome is looked at.
+            tokens = self._decode_tokens()
         if complete:
             self._sample_first(complete, logits)
             for index, row in enumerate(complete):
@@ -146,11 +150,12 @@ class MlxBatch:
                     self._prefixes.keep(row.prompt, caches, index)
             self._join(complete, caches)
         if prefill.rows:
+            prefill.settle()
             self._begun.append(prefill)
         self._num_prefilled = num_tokens * len(rows)
         self._pace.learn_pass(self._num_prefilled, time.monotonic() - started_at)
         return StepOutput(
-            tokens=tuple((row.slot, row.token) for row in complete),
+            tokens=(*tokens, *((row.slot, row.token) for row in complete)),
             prefilled=tuple((row.slot, row.num_done) for row in rows),
             cached=tuple((row.slot, row.num_cached) for row in rows if row.num_cached),
         )
@@ -226,10 +231,14 @@ class MlxBatch:
 
     def _decode(self) -> StepOutput:
         started_at = time.monotonic()
+        tokens = self._decode_tokens()
+        self._pace.learn_step(self._decoded_at - started_at)
+        return StepOutput(tokens=tuple(tokens))
+
+    def _decode_tokens(self) -> list[tuple[int, int]]:
         tokens = [token for decode in self._decodes for token in decode.step()]
         self._decoded_at = time.monotonic()
-        self._pace.learn_step(self._decoded_at - started_at)
         self._num_steps += 1
         if self._num_steps % CLEAR_CACHE_STEPS == 0:
             mx.clear_cache()
-        return StepOutput(tokens=tuple(tokens))
+        return tokens

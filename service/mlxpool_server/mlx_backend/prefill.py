@@ -33,10 +33,10 @@ class Prefill:
         return sum(cache.nbytes for cache in self._caches)
 
     def step(self, model: LastRows, num_tokens: int) -> tuple[list[Row], mx.array, list[Any]]:
-        """Work on up to `num_tokens` tokens of each row.
+        """Begin to work on up to `num_tokens` tokens of each row.
 
-        Returns the rows whose prompts are complete, their logits (not evaluated) and their
-        caches: they have left.
+        Returns the rows whose prompts are complete, their logits and their caches: they have
+        left. `settle` waits for those that have not.
         """
         num_tokens = min(num_tokens, self.num_left)
         counts = [min(num_tokens, row.num_left) for row in self.rows]
@@ -54,8 +54,14 @@ class Prefill:
         done = [index for index, row in enumerate(self.rows) if not row.num_left]
         if len(done) < len(self.rows):
             # Without the logits: a head that nobody asked for is never computed.
-            mx.eval([cache.state for cache in self._caches])
+            mx.async_eval([cache.state for cache in self._caches])  # type: ignore[no-untyped-call]
+        if done:
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]
         return self._leave(done, logits)
+
+    def settle(self) -> None:
+        """Wait for what the last step began."""
+        mx.eval([cache.state for cache in self._caches])
 
     def remove(self, slots: frozenset[int]) -> None:
         kept = [index for index, row in enumerate(self.rows) if row.slot not in slots]

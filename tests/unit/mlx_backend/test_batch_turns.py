@@ -137,6 +137,18 @@ def test_streams_go_on_while_prompts_are_worked_on(
     assert longest_s <= batch._pace.target_s(is_decoding=True) + 8 * tick_s
 
 
+def test_streams_get_a_token_with_each_pass(batch: MlxBatch, clock: Clock) -> None:
+    """The streams' next step is under way behind the pass, and one before it is handed out."""
+    batch.add(0, [1, 2], GREEDY)
+    batch.step()
+    batch.step()
+    clock.tick_s = 10.0
+    batch.add(1, [3, 4], GREEDY)
+    output = batch.step()
+    assert dict(output.prefilled) == {1: 2}
+    assert [slot for slot, _ in output.tokens] == [0, 1]
+
+
 def test_prompts_go_first_while_nobody_generates(batch: MlxBatch, clock: Clock) -> None:
     """All that waits is worked on before the first step of decoding has to be."""
     batch.add(0, list(range(40)), GREEDY)
