@@ -19,7 +19,12 @@ from typing import TypeVar
 
 from benchmark.clients import Endpoint
 from mlxpool_server.mlx_backend.cpu_quota import usable_cpus
-from mlxpool_server.mlx_backend.openblas import OpenBlas, default_threads, load_openblas
+from mlxpool_server.mlx_backend.openblas import (
+    THREAD_TIMEOUT,
+    OpenBlas,
+    default_threads,
+    load_openblas,
+)
 
 Found = TypeVar("Found")
 
@@ -112,6 +117,7 @@ def peer_environment() -> dict[str, str]:
     blas = openblas()
     if blas and blas.path:
         environment["LD_PRELOAD"] = str(blas.path)
+        environment.setdefault(*THREAD_TIMEOUT)
         environment.setdefault("OPENBLAS_NUM_THREADS", str(default_threads(usable_cpus())))
     return environment
 

@@ -29,6 +29,9 @@ _PREFIX = "scipy_"
 _GEMM = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _CONTROL = ("openblas_get_config", "openblas_get_num_threads", "openblas_set_num_threads")
 _RENAME_TIMEOUT_S = 60
+# An idle thread waits busily for 2^16 cycles, some tens of microseconds, as between the products of
+# one step; OpenBLAS's own 2^26 keep a core from the event loop after each of them.
+THREAD_TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,7 @@ def _files(distribution: str) -> list[Path]:
 
 
 def _load(path: Path, threads: int | None) -> OpenBlas:
+    os.environ.setdefault(*THREAD_TIMEOUT)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     missing = [name for name in (*_GEMM, *_CONTROL) if not hasattr(library, name)]
     if missing:

@@ -119,6 +119,15 @@ def test_threads_are_what_was_asked_for(tmp_path: Path) -> None:
 
 
 @needs_wheels
+@pytest.mark.parametrize(("asked", "used"), [({}, "16"), ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "20")])
+def test_idle_threads_soon_sleep(tmp_path: Path, asked: dict[str, str], used: str) -> None:
+    """OpenBLAS reads how long they wait busily when it is loaded; the environment wins."""
+    code = LOAD.format(arguments="") + "import os; print(json.dumps(os.environ[THREAD_TIMEOUT[0]]))"
+    code = code.replace("import load_openblas", "import THREAD_TIMEOUT, load_openblas")
+    assert finish(start(code, tmp_path, **asked)) == used
+
+
+@needs_wheels
 def test_environment_wins_over_threads(tmp_path: Path) -> None:
     """OPENBLAS_NUM_THREADS, which OpenBLAS documents, wins over the caller's number."""
     assert load(tmp_path, "threads=2", OPENBLAS_NUM_THREADS="1")["threads"] == 1
