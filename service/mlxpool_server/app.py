@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -47,6 +48,8 @@ CALLS_STOP_S = 1.0
 POOL_CLOSE_S = 5.0
 # The exit code when the engine was stuck for engine_exit_s.
 EXIT_STUCK = os.EX_SOFTWARE
+# Python's own 5 ms are as long as a small model's step.
+SWITCH_INTERVAL_S = 0.5e-3
 
 
 class App:
@@ -271,6 +274,8 @@ def run(settings: Settings, read_settings: Callable[[], Settings]) -> int:
 
     `read_settings` reads them anew, for SIGHUP. Raises: SettingsError, DemoModelError.
     """
+    # The engine gets the interpreter back sooner after it has waited for the device.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     blas = load_openblas(settings.blas_library, settings.blas_threads)
     if blas is not None and blas.problem is not None:
         log.warning("blas.reference", problem=blas.problem)
@@ -304,6 +309,7 @@ def _generation_limits(settings: Settings) -> GenerationLimits:
         heartbeat_s=settings.progress_interval_s,
         max_batch_size=settings.max_batch_size,
         max_queue_wait_s=settings.max_queue_wait_s or math.inf,
+        max_deltas_per_s=settings.max_deltas_per_s,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 
 from mlxpool_server.domain import (
@@ -11,6 +12,8 @@ from mlxpool_server.domain import (
     GenerationPhase,
     GenerationProgress,
 )
+from mlxpool_server.engine.delta_pacer import DeltaPacer
+from mlxpool_server.engine.silence_alarm import SilenceAlarm
 from mlxpool_server.errors import MlxpoolError
 
 StreamEvent = GenerationProgress | GenerationDelta | GenerationFinished
@@ -21,9 +24,16 @@ StreamItem = StreamEvent | MlxpoolError
 class OutputStream:
     """Event loop only. A slow reader gets fewer, larger deltas: memory is bounded by the output."""
 
-    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
-        """`on_end` is called when the generation has ended, whether or not that was read."""
+    def __init__(
+        self, on_end: Callable[[], None] = lambda: None, pacer: DeltaPacer | None = None
+    ) -> None:
+        """`on_end` is called when the generation has ended, whether or not that was read.
+
+        `pacer` is shared with other streams; without one the reader gets each token at once.
+        """
         self._on_end = on_end
+        self._pacer = pacer or DeltaPacer(math.inf)
+        self._told_at: float | None = None
         self._progress: GenerationProgress | None = None
         self._latest = GenerationProgress(GenerationPhase.QUEUED)
         self._text: list[str] = []
@@ -35,6 +45,10 @@ class OutputStream:
     @property
     def has_ended(self) -> bool:
         return self._end is not None
+
+    @property
+    def _has_something(self) -> bool:
+        return bool(self._progress or self._text or self._token_ids or self._end)
 
     def put(self, item: StreamItem) -> None:
         """Buffer one item. What comes after the end is dropped."""
@@ -49,6 +63,8 @@ class OutputStream:
                 self._token_ids.extend(item.token_ids)
                 self._completion_tokens = item.completion_tokens
                 self._latest = GenerationProgress(GenerationPhase.DECODING)
+                self._pacer.tell(self, self._told_at, self._wake.set)
+                return
             case GenerationFinished() | MlxpoolError():
                 self._end = item
                 self._on_end()
@@ -59,25 +75,26 @@ class OutputStream:
 
         Raises: the error that ended the generation.
         """
-        while True:
-            try:
-                async with asyncio.timeout(heartbeat_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                yield self._latest
-                continue
-            self._wake.clear()
-            if self._progress is not None:
-                progress, self._progress = self._progress, None
-                yield progress
-            if self._text or self._token_ids:
-                yield self._take_delta()
-            # What came while a reader was slow is drained before the end is told.
-            if self._end is not None and not (self._text or self._token_ids):
-                if isinstance(self._end, MlxpoolError):
-                    raise self._end
-                yield self._end
-                return
+        loop = asyncio.get_running_loop()
+        with self._pacer.reading(self), SilenceAlarm(heartbeat_s, self._wake.set) as alarm:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                if alarm.is_due and not self._has_something:
+                    yield self._latest
+                if self._progress is not None:
+                    progress, self._progress = self._progress, None
+                    yield progress
+                if self._text or self._token_ids:
+                    self._told_at = loop.time()
+                    yield self._take_delta()
+                # What came while a reader was slow is drained before the end is told.
+                if self._end is not None and not (self._text or self._token_ids):
+                    if isinstance(self._end, MlxpoolError):
+                        raise self._end
+                    yield self._end
+                    return
+                alarm.reset()
 
     def _take_delta(self) -> GenerationDelta:
         delta = GenerationDelta(

@@ -26,6 +26,7 @@ from mlxpool_server.domain import (
     SamplingParams,
     TokenUsage,
 )
+from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.sequence import SequenceRequest
 from mlxpool_server.errors import (
@@ -59,6 +60,8 @@ class GenerationLimits:
     max_batch_size: int = 32
     # For memory and a place in the batch; math.inf: as long as the caller waits.
     max_queue_wait_s: float = math.inf
+    # All streams together.
+    max_deltas_per_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -114,6 +117,7 @@ class Generations:
         self._prompts = prompts
         self._limits = limits
         self._forecast = QueueForecast(limits.max_batch_size)
+        self._pacer = DeltaPacer(limits.max_deltas_per_s)
         self._in_flight: dict[str, _InFlight] = {}
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -122,6 +126,7 @@ class Generations:
     def set_limits(self, limits: GenerationLimits) -> None:
         """For requests from now on."""
         self._limits = limits
+        self._pacer.max_deltas_per_s = limits.max_deltas_per_s
 
     @property
     def num_in_flight(self) -> int:
@@ -221,7 +226,9 @@ class Generations:
                 return
             # A reader may take its time: what the generation held is free when it ends.
             meter = self._pool.activity.meter(sequence.model, generation.received_at)
-            stream = TurnStream(partial(self._give_back, generation, reservation), meter.see)
+            stream = TurnStream(
+                partial(self._give_back, generation, reservation), meter.see, self._pacer
+            )
             generation.slot = self._engine.submit(sequence, stream)
             stream.expect_turn(
                 generation.queued_until - time.monotonic(),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from mlxpool_server.domain import GenerationPhase, GenerationProgress
+from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.output_stream import OutputStream, StreamItem
 from mlxpool_server.errors import QueueTimeoutError
 
@@ -18,9 +19,10 @@ class TurnStream(OutputStream):
         self,
         on_end: Callable[[], None],
         see: Callable[[StreamItem], None] = lambda _: None,
+        pacer: DeltaPacer | None = None,
     ) -> None:
         """`see` gets each item that comes before the end, and the end."""
-        super().__init__(on_end)
+        super().__init__(on_end, pacer)
         self._see = see
         self._timer: asyncio.TimerHandle | None = None
 

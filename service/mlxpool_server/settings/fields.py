@@ -222,6 +222,12 @@ class Settings(BaseModel):
         description="Longest silence before a waiting stream reports its progress; "
         "the contract promises at most 10.",
     )
+    max_deltas_per_s: Count = Field(
+        default=1000,
+        title="count",
+        description="Messages with new text a second, of all streams together: where more tokens "
+        "are generated, a message brings several. A stream's first one never waits.",
+    )
     drain_grace_s: Seconds = Field(
         default=30.0,
         ge=0,

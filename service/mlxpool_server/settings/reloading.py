@@ -10,7 +10,7 @@ RELOADABLE = frozenset(
         "pool_memory_limit_bytes", "pool_memory_share", "mlx_cache_limit_bytes",
         "default_keep_alive_s",
         "max_queued_requests", "max_queue_wait_s", "default_max_tokens", "max_prompt_tokens",
-        "max_stop_sequences", "max_stop_sequence_chars",
+        "max_stop_sequences", "max_stop_sequence_chars", "max_deltas_per_s",
         "drain_grace_s", "engine_stuck_s", "engine_exit_s",
     }
 )  # fmt: skip
