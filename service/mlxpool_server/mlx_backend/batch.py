@@ -80,8 +80,16 @@ class MlxBatch:
         for decode in self._decodes:
             decode.remove(gone, self._prefixes)
         self._decodes = [decode for decode in self._decodes if decode.rows]
+        if not (self._has_prompts or self._decodes):
+            # No step will come behind which they could go.
+            self._prefixes.begin_copies()
 
     def step(self) -> StepOutput:
+        output = self._timed_step()
+        self._prefixes.begin_copies()
+        return output
+
+    def _timed_step(self) -> StepOutput:
         is_prefill = self._has_prompts
         if self._threads is None:
             return self._prefill() if is_prefill else self._decode()

@@ -45,6 +45,8 @@ class PrefixCache:
         # Least recently used first; a segment is used with each of its children, and after them,
         # so the first one has none.
         self._order: dict[_Segment, None] = {}
+        # Copies that the device does not know of yet.
+        self._begun: list[mx.array] = []
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +62,7 @@ class PrefixCache:
         self._shrink_to(limit_bytes)
 
     def clear(self) -> None:
+        self._begun = []
         self._shrink_to(0)
 
     def count(self, prompt: Sequence[int]) -> int:
@@ -95,12 +98,19 @@ class PrefixCache:
         segment = _Segment(tuple(tokens[start:]), pieces, parent, offset)
         if not self._make_room(segment.nbytes, path):
             return
-        # Without waiting: until it is done, the copy keeps the whole batch's caches alive.
-        arrays = [array for piece in pieces for array in piece.arrays]
-        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        self._begun += [array for piece in pieces for array in piece.arrays]
         parent.children.setdefault((offset, segment.tokens[0]), []).append(segment)
         self._nbytes += segment.nbytes
         self._touch([*path, (segment, 0)])
+
+    def begin_copies(self) -> None:
+        """Hand the device what was kept; until that is done, it keeps whole batches' caches alive.
+
+        On a CPU this waits for most of what was launched before it, so it is called behind a step.
+        """
+        if self._begun:
+            mx.async_eval(self._begun)  # type: ignore[no-untyped-call]
+            self._begun = []
 
     def _path(self, tokens: Sequence[int]) -> list[tuple[_Segment, int]]:
         """The segments that these tokens run through, and how many of each one's they share."""

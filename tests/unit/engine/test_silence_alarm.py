@@ -22,13 +22,13 @@ async def test_a_reset_puts_it_off() -> None:
     with SilenceAlarm(10 * PATIENCE_S, lambda: woken.append(None)) as alarm:
         assert not alarm.is_due
         alarm.reset()
-        alarm._look()  # noqa: SLF001 - what the timer calls
+        alarm._look()
     assert not woken
 
 
 async def test_nothing_is_left_of_it() -> None:
     """No timer runs on after the end."""
     with SilenceAlarm(PATIENCE_S, lambda: None) as alarm:
-        timer = alarm._timer  # noqa: SLF001 - nobody else has it
+        timer = alarm._timer
     assert timer is not None
     assert timer.cancelled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlxpool_server.domain import Layout, ModelSpec, SamplingParams
@@ -157,3 +158,16 @@ def test_a_cancelled_prompt_leaves_what_it_had(llama: MlxModel) -> None:
     batch.remove([1])
     assert batch.prompt_cache_bytes() == 0
     assert cached_of(batch, PREFIX) == 0
+
+
+def test_copies_do_not_outlive_the_batch(llama: MlxModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last row leaves, what is kept of it is begun at once: no step would do it."""
+    begun: list[int] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: begun.append(len(arrays)))
+    batch = with_cache(llama)
+    batch.add(0, PREFIX, GREEDY)
+    while not batch.step().tokens:
+        pass
+    begun.clear()
+    batch.remove([0])
+    assert begun
