@@ -70,6 +70,7 @@ class App:
         self._settings = settings
         self._catalog = catalog
         self._certificates = certificates_for(settings)
+        self._gate = gate_for(settings)
         self._device = device = memory.device()
         self._telemetry = Telemetry(settings, device)
         models_changed = Broadcast()
@@ -112,7 +113,7 @@ class App:
             model_service=self._model_service,
             memory_service=self._memory_service,
             health=self._health,
-            gate=gate_for(settings),
+            gate=self._gate,
             max_message_bytes=settings.max_message_bytes,
             observers=self._telemetry.call_observers,
         )
@@ -134,9 +135,11 @@ class App:
         Raises: AddressUnavailableError.
         """
         warn_of_exposure(self._settings)
-        credentials = None if self._certificates is None else self._certificates.credentials()
+        credentials = tls = None
+        if self._certificates is not None:
+            credentials, tls = self._certificates.credentials(), self._certificates.context()
         addresses = bind(self._server, self._settings.listen, credentials)
-        await self._telemetry.start(self._pool, self._sample)
+        await self._telemetry.start(self._pool, self._sample, self._gate, tls)
         self._engine.start()
         await self._server.start()
         self._pool.preload()

@@ -28,7 +28,7 @@ def gate_for(settings: Settings) -> Gate:
 
 def warn_of_exposure(settings: Settings) -> None:
     """What an operator has allowed, and should not have to find out from somebody else."""
-    addresses = reachable_addresses(settings)
+    addresses = tuple(address for _, address in reachable_addresses(settings))
     if not addresses:
         return
     if settings.tls_certificate is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -12,6 +14,8 @@ from mlxpool_server.domain import DeviceInfo
 from mlxpool_server.errors import ModelNotFoundError, SettingsError
 from mlxpool_server.metrics import Instruments, MetricsEndpoint, Sample
 from mlxpool_server.pool.model_pool import ModelPool
+from mlxpool_server.rpc.access.gate import Gate
+from mlxpool_server.rpc.access.roles import METRICS
 from mlxpool_server.rpc.observer import CallObserver
 from mlxpool_server.settings import Settings
 from mlxpool_server.version import __version__
@@ -44,11 +48,19 @@ class Telemetry:
             observers.append(self._traces.spans)
         return tuple(observers)
 
-    async def start(self, pool: ModelPool, sample: Callable[[], Sample]) -> None:
-        """Serve the metrics. Raises: AddressUnavailableError."""
+    async def start(
+        self,
+        pool: ModelPool,
+        sample: Callable[[], Sample],
+        gate: Gate,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        """Serve the metrics, over TLS unless `tls` is None. Raises: AddressUnavailableError."""
         self._pool = pool
         if self.instruments is not None and self._address is not None:
-            self._endpoint = MetricsEndpoint(self.instruments.registry, sample)
+            self._endpoint = MetricsEndpoint(
+                self.instruments.registry, sample, partial(gate.admit, METRICS), tls
+            )
             address = await self._endpoint.start(self._address)
             log.info("metrics.listening", address=address)
 

@@ -1,4 +1,7 @@
-"""The real Prometheus scrapes a real server, loads our alerts and knows what the dashboard asks."""
+"""The real Prometheus, configured as in our example, scrapes a real server over TLS with a key.
+
+It loads our alerts and knows what the dashboard asks for.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import yaml
 
 from e2e.server_process import ROOT, STOP_TIMEOUT_S, ServerProcess
-from mlxpool.v1 import model_service_pb2 as pb
-from mlxpool.v1 import model_service_pb2_grpc as rpc
+from fakes.certificates import Authority
+from mlxpool_client import Client, Tls
+from mlxpool_server.rpc.access.keys import hash_of, new_key
 
 PATIENCE_S = 60
+USER_KEY, SCRAPER_KEY = new_key(), new_key()
 OPERATIONS = ROOT / "docs" / "operations"
 
 
@@ -35,6 +39,7 @@ class Prometheus:
         config = yaml.safe_load((OPERATIONS / "prometheus" / "prometheus.yml").read_text())
         config["global"] |= {"scrape_interval": "2s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(OPERATIONS / "prometheus" / "alerts.yml")]
+        # Its certificate and key lie beside it, under the names that the example has.
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         config_file = folder / "prometheus.yml"
         config_file.write_text(yaml.safe_dump(config))
@@ -74,20 +79,41 @@ class Prometheus:
         return list(self.ask("query", query=expression)["result"])
 
 
+def guards(folder: Path) -> list[str]:
+    """Write certificates and keys; return the server's flags for them."""
+    authority = Authority()
+    certificate, key = authority.issue().write(folder)
+    (folder / "mlxpool-ca.crt").write_bytes(authority.pem)
+    (folder / "mlxpool-key").write_text(f"{SCRAPER_KEY}\n")
+    keys_file = folder / "keys.toml"
+    keys_file.write_text(
+        "".join(
+            f'[[keys]]\nname = "{role}"\nsha256 = "{hash_of(key)}"\nroles = ["{role}"]\n'
+            for role, key in (("inference", USER_KEY), ("observer", SCRAPER_KEY))
+        )
+    )
+    files = {"--tls-certificate": certificate, "--tls-key": key, "--api-keys-file": keys_file}
+    flags = [text for flag, file in files.items() for text in (flag, str(file))]
+    return ["--metrics-listen", "127.0.0.1:0", *flags]
+
+
 @pytest.fixture(scope="module")
 def prometheus(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a server that has answered one request."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed; scripts/install-prometheus does it")
     folder = tmp_path_factory.mktemp("prometheus")
-    with ServerProcess(folder / "log.jsonl", "--metrics-listen", "127.0.0.1:0") as server:
-        with grpc.insecure_channel(server.address) as channel:
-            request = pb.GenerateRequest(
-                model="demo",
-                prompt=pb.Prompt(text="One, two,"),
-                stop=pb.StopConditions(max_tokens=8, ignore_eos=True),
-            )
-            assert list(rpc.ModelServiceStub(channel).Generate(request))[-1].HasField("finished")
+    with ServerProcess(folder / "log.jsonl", *guards(folder)) as server:
+        with (
+            Client(
+                server.address,
+                tls=Tls(folder / "mlxpool-ca.crt"),
+                api_key=USER_KEY,
+                timeout_s=PATIENCE_S,
+            ) as client,
+            client.generate("demo", "One, two,", max_tokens=8, ignore_eos=True) as stream,
+        ):
+            assert list(stream)
         started = Prometheus(folder, str(server.wait_for("metrics.listening")["address"]))
         try:
             query = "mlxpool_completion_tokens_total"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ async def scrape(server: Server) -> Scrape:
     return Scrape(content_type, tuple(_samples(text)))
 
 
-async def fetch(url: str, **headers: str) -> tuple[str, str]:
+async def fetch(url: str, *, tls: ssl.SSLContext | None = None, **headers: str) -> tuple[str, str]:
     """Content type and body."""
 
     def get() -> tuple[str, str]:
         request = urllib.request.Request(url, headers=headers)  # noqa: S310 - our own server
-        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:  # noqa: S310 - see above
+        with urllib.request.urlopen(  # noqa: S310 - see above
+            request, timeout=PATIENCE_S, context=tls
+        ) as response:
             return response.headers["content-type"], response.read().decode()
 
     return await asyncio.to_thread(get)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from fakes.certificates import Authority, Pair
 from mlxpool_server.errors import SettingsError
 from mlxpool_server.rpc.tls import Certificates, TlsFiles
 from rpc.harness import PATIENCE_S, Server, open_channel, running_server
+from rpc.metrics_reader import fetch, metrics_address
 
 
 def credentials(authority: Authority, client: Pair | None = None) -> grpc.ChannelCredentials:
@@ -99,6 +101,17 @@ async def test_a_new_pair_is_used_without_a_restart(tmp_path: Path) -> None:
         assert len(events_of(server, "tls.reloaded")) == 1
         # The stubs' own connection, from before.
         await server.assert_serves()
+
+
+async def test_whoever_notices_a_new_pair_first(tmp_path: Path) -> None:
+    """Calls get it even when a scraper's connection was the one that had it read."""
+    old, new = Authority("old"), Authority("new")
+    async with tls_server(tmp_path, old, metrics_listen="127.0.0.1:0") as server:
+        new.issue().write(tmp_path)
+        context = ssl.create_default_context(cadata=new.pem.decode())
+        await fetch(f"https://{metrics_address(server)}/metrics", tls=context)
+        assert await connects(server.address, credentials(new))
+        assert len(events_of(server, "tls.reloaded")) == 1
 
 
 async def test_a_new_client_authority_is_used_without_a_restart(tmp_path: Path) -> None:

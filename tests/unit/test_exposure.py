@@ -35,13 +35,25 @@ def test_plaintext_where_others_can_reach_it(address: str) -> None:
     assert "--allow-plaintext" in message
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "gpu-box:1"])
+def test_plaintext_metrics_where_others_can_reach_them(address: str) -> None:
+    """Are refused like plaintext calls, and allowed by the same settings."""
+    with pytest.raises(SettingsError, match=f"^metrics_listen {address}: .*allow_plaintext"):
+        check_exposure(Settings(metrics_listen=address))
+    for how in (TLS, {"allow_plaintext": True}):
+        settings = Settings(metrics_listen=address, **how)
+        check_exposure(settings)
+        assert reachable_addresses(settings) == (("metrics_listen", address),)
+    check_exposure(Settings(metrics_listen="127.0.0.1:1"))
+
+
 @pytest.mark.parametrize("address", REACHABLE)
 @pytest.mark.parametrize("how", [TLS, {"allow_plaintext": True}], ids=["tls", "flag"])
 def test_tls_or_the_flag_opens_it(address: str, how: dict[str, Any]) -> None:
     """Either is enough."""
     settings = Settings(listen=(address,), **how)
     check_exposure(settings)
-    assert reachable_addresses(settings) == (address,)
+    assert reachable_addresses(settings) == (("listen", address),)
 
 
 @pytest.mark.parametrize(

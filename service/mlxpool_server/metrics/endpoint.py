@@ -1,9 +1,11 @@
-"""GET /metrics over plain HTTP, on a port of its own."""
+"""GET /metrics over HTTP or HTTPS, on a port of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+import math
+import ssl
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 
 import structlog
@@ -11,7 +13,12 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from mlxpool_server.errors import AddressUnavailableError
+from mlxpool_server.errors import (
+    AddressUnavailableError,
+    MlxpoolError,
+    RateLimitedError,
+    RoleMissingError,
+)
 from mlxpool_server.metrics.sample import Sample
 from mlxpool_server.metrics.sample_collector import SampleCollector
 
@@ -26,13 +33,24 @@ MAX_CONNECTIONS = 16
 _TEXT = "text/plain; charset=utf-8"
 _HELLO = b"mlxpool's metrics are at /metrics\n"
 
+Headers = Sequence[tuple[str, str]]
+
 
 class MetricsEndpoint:
     """Event loop; only the text is made on a thread, out of frozen values."""
 
-    def __init__(self, registry: CollectorRegistry, sample: Callable[[], Sample]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        sample: Callable[[], Sample],
+        admit: Callable[[Headers], object],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`admit` raises for headers without a key that would do; `tls` None: plaintext."""
         self._registry = registry
         self._sample = sample
+        self._admit = admit
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -44,7 +62,12 @@ class MetricsEndpoint:
         host, _, port = address.rpartition(":")
         try:
             self._server = await asyncio.start_server(
-                self._connected, host.strip("[]"), int(port), limit=MAX_HEAD_BYTES
+                self._connected,
+                host.strip("[]"),
+                int(port),
+                limit=MAX_HEAD_BYTES,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else PATIENCE_S,
             )
         except OSError as error:
             raise AddressUnavailableError(address) from error
@@ -81,15 +104,19 @@ class MetricsEndpoint:
         request, *lines = head.decode("latin-1").split("\r\n")
         method, _, target = request.partition(" ")
         path = target.partition(" ")[0].partition("?")[0]
+        pairs = (line.partition(":") for line in lines)
+        headers = [(name.strip().lower(), value.strip()) for name, _, value in pairs]
+        try:
+            self._admit(headers)
+        except MlxpoolError as error:
+            return _refusal(error, method)
         if method not in ("GET", "HEAD"):
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"", method)
         if path == "/":
             return _response(HTTPStatus.OK, _TEXT, _HELLO, method)
         if path != "/metrics":
             return _response(HTTPStatus.NOT_FOUND, _TEXT, _HELLO, method)
-        pairs = (line.partition(":") for line in lines)
-        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        return await self._metrics(headers, method)
+        return await self._metrics(dict(headers), method)
 
     async def _metrics(self, headers: Mapping[str, str], method: str) -> bytes:
         encode, content_type = choose_encoder(headers.get("accept", ""))
@@ -111,11 +138,26 @@ class _Scrape(Collector):
             yield from part.collect()
 
 
-def _response(status: HTTPStatus, content_type: str, body: bytes, method: str) -> bytes:
+def _refusal(error: MlxpoolError, method: str) -> bytes:
+    """What was sent as a key is neither repeated nor logged."""
+    match error:
+        case RoleMissingError():
+            status, extra = HTTPStatus.FORBIDDEN, ""
+        case RateLimitedError(retry_after_s=wait_s):
+            status, extra = HTTPStatus.TOO_MANY_REQUESTS, f"Retry-After: {math.ceil(wait_s)}\r\n"
+        case _:
+            status, extra = HTTPStatus.UNAUTHORIZED, "WWW-Authenticate: Bearer\r\n"
+    log.info("metrics.refused", status=status.value, key=getattr(error, "key_name", None))
+    return _response(status, _TEXT, f"{error}\n".encode(), method, extra)
+
+
+def _response(
+    status: HTTPStatus, content_type: str, body: bytes, method: str, extra: str = ""
+) -> bytes:
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\n"
         f"Content-Type: {content_type}\r\n"
         f"Content-Length: {len(body)}\r\n"
-        "Connection: close\r\n\r\n"
+        f"{extra}Connection: close\r\n\r\n"
     )
     return head.encode() + (b"" if method == "HEAD" else body)

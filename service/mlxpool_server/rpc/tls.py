@@ -31,6 +31,14 @@ class TlsFiles:
         return tuple(file for file in given if file is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The same files, as gRPC and as Python's own ssl take them."""
+
+    configuration: grpc.ServerCertificateConfiguration
+    context: ssl.SSLContext
+
+
 class Certificates:
     """The pair that new connections get. gRPC's own threads ask for it before each handshake."""
 
@@ -40,33 +48,53 @@ class Certificates:
         self._lock = threading.Lock()
         # Before they are read: what changes meanwhile is read again.
         self._state = state_of(files.all)
-        self._initial = _read(files)
+        # The one in use, and the one that gRPC knows of.
+        self._pair = self._told = _read(files)
 
     def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC."""
         return grpc.dynamic_ssl_server_credentials(
-            self._initial,
+            self._told.configuration,
             self._changed,  # type: ignore[arg-type]  # None is allowed, and means no change
             require_client_authentication=self._files.client_ca is not None,
         )
 
+    def context(self) -> ssl.SSLContext:
+        """For a server of asyncio; each of its handshakes gets the pair of that moment."""
+        context = self._pair.context
+        context.sni_callback = self._choose
+        return context
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+        """OpenSSL asks whether or not the client named a server."""
+        with self._lock:
+            self._look()
+            connection.context = self._pair.context
+
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """The new pair, or None to go on with the one in use."""
         with self._lock:
-            state = state_of(self._files.all)
-            if state == self._state:
+            self._look()
+            if self._told is self._pair:
                 return None
-            # A broken pair is reported once, and read again when a file changes again.
-            self._state = state
-            try:
-                configuration = _read(self._files)
-            except SettingsError as error:
-                log.error("tls.not_reloaded", problem=str(error))  # noqa: TRY400 - the text says it all
-                return None
+            self._told = self._pair
+            return self._pair.configuration
+
+    def _look(self) -> None:
+        state = state_of(self._files.all)
+        if state == self._state:
+            return
+        # A broken pair is reported once, and read again when a file changes again.
+        self._state = state
+        try:
+            self._pair = _read(self._files)
+        except SettingsError as error:
+            log.error("tls.not_reloaded", problem=str(error))  # noqa: TRY400 - the text says it all
+        else:
             log.info("tls.reloaded", certificate=str(self._files.certificate))
-            return configuration
 
 
-def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
+def _read(files: TlsFiles) -> _Pair:
     """Raises: SettingsError. gRPC itself would take any bytes, and fail every handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate, key = _bytes("tls_certificate", files.certificate), _bytes("tls_key", files.key)
@@ -80,6 +108,7 @@ def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     authorities = None
     if files.client_ca is not None:
         authorities = _bytes("tls_client_ca", files.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(cadata=authorities.decode("ascii", "ignore"))
         except (OSError, ValueError) as error:
@@ -91,7 +120,8 @@ def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
         key,
     ):
         raise SettingsError(f"{files.certificate} or {files.key} changed while it was read")
-    return grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+    configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+    return _Pair(configuration, context)
 
 
 def _bytes(setting: str, file: Path) -> bytes:

@@ -25,17 +25,20 @@ def check_exposure(settings: Settings) -> None:
         raise SettingsError("health_needs_key is set without api_keys_file; there are no keys")
     if has_certificate or settings.allow_plaintext:
         return
-    for address in reachable_addresses(settings):
+    for setting, address in reachable_addresses(settings):
         raise SettingsError(
-            f"listen {address}: other machines can reach it, and it would be plaintext; set "
+            f"{setting} {address}: other machines can reach it, and it would be plaintext; set "
             "tls_certificate and tls_key, or allow_plaintext (--allow-plaintext) where the network "
             "itself is trusted"
         )
 
 
-def reachable_addresses(settings: Settings) -> tuple[str, ...]:
-    """Those that are neither loopback nor a unix socket."""
-    return tuple(address for address in settings.listen if not _is_local(address))
+def reachable_addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Setting and address of each that is neither loopback nor a unix socket."""
+    all_addresses = [("listen", address) for address in settings.listen]
+    if settings.metrics_listen is not None:
+        all_addresses.append(("metrics_listen", settings.metrics_listen))
+    return tuple(each for each in all_addresses if not _is_local(each[1]))
 
 
 def _is_local(address: str) -> bool:

@@ -238,8 +238,8 @@ class Settings(BaseModel):
         default=None,
         title="address",
         examples=["127.0.0.1:9464"],
-        description="Where Prometheus reads /metrics, over plain HTTP and without keys "
-        "(docs/metrics.md). Unset: nowhere.",
+        description="Where Prometheus reads /metrics: over TLS if tls_certificate is set, with the "
+        "key of an observer if api_keys_file is (docs/metrics.md). Unset: nowhere.",
     )
     otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = Field(
         default=None,

@@ -8,7 +8,7 @@ import enum
 class Role(enum.Enum):
     # Generates and tokenises.
     INFERENCE = "inference"
-    # Reads: models, memory, reflection, channelz.
+    # Reads: models, memory, metrics, reflection, channelz.
     OBSERVER = "observer"
     # Reads, loads and unloads, changes the memory's limits.
     ADMIN = "admin"
@@ -21,6 +21,8 @@ _ADMINS = frozenset({Role.ADMIN})
 
 _MODELS, _MEMORY = "/mlxpool.v1.ModelService/", "/mlxpool.v1.MemoryService/"
 HEALTH = "/grpc.health.v1.Health/"
+# No RPC: the path that scrapers ask for.
+METRICS = "/metrics"
 
 _METHODS: dict[str, frozenset[Role]] = {
     f"{_MODELS}Generate": _USERS,
@@ -38,6 +40,7 @@ _METHODS: dict[str, frozenset[Role]] = {
     f"{_MEMORY}SetMemoryLimits": _ADMINS,
     f"{_MEMORY}ClearCache": _ADMINS,
     f"{_MEMORY}ResetPeakMemory": _ADMINS,
+    METRICS: _READERS,
 }
 _SERVICES: dict[str, frozenset[Role]] = {
     HEALTH: ANY,
