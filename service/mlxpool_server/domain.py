@@ -343,6 +343,8 @@ class GenerationRequest:
     require_loaded: bool = False
     # The caller is gone so long after it asked; math.inf: it waits for ever.
     deadline_s: float = math.inf
+    # Whom it belongs to: ids are its owner's own. Empty: nobody in particular.
+    owner: str = ""
 
 
 class FinishReason(enum.Enum):

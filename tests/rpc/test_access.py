@@ -180,6 +180,69 @@ async def test_a_key_that_was_taken_out(keys_file: Path) -> None:
         assert final_text(await running.rest()) == "go on"
 
 
+# ---------------------------------------------------------------- other people's generations
+
+
+def two_users(keys_file: Path) -> dict[str, Any]:
+    """Add a second inference key; return the options of its calls."""
+    key = new_key()
+    write(keys_file, keys_file.read_text() + entry("other", key, "inference"))
+    return {"metadata": (("authorization", f"Bearer {key}"),), "timeout": PATIENCE_S}
+
+
+async def test_a_key_cancels_only_its_own(keys_file: Path) -> None:
+    """Another key's generation is not found, as if there were none; the owner ends it."""
+    other = two_users(keys_file)
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with guarded(keys_file, files=files) as server:
+        running = Reader(server.models.Generate(text_request(generation_id="one"), **auth()))
+        await running.next()
+        cancel = pb.CancelGenerationRequest(generation_id="one")
+        refused = await failure_of(server.models.CancelGeneration(cancel, **other))
+        unknown = pb.CancelGenerationRequest(generation_id="two")
+        absent = await failure_of(server.models.CancelGeneration(unknown, **other))
+        assert (refused.code, refused.reason) == (absent.code, absent.reason)
+        assert refused.code is grpc.StatusCode.NOT_FOUND
+        await server.models.CancelGeneration(cancel, **auth())
+        release(files["m"].model, 100)
+        finished = (await running.rest())[-1].finished
+        assert finished.finish_reason == pb.FINISH_REASON_CANCELLED
+
+
+async def test_an_admin_cancels_anybodys(keys_file: Path) -> None:
+    """All of that id."""
+    other = two_users(keys_file)
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with guarded(keys_file, files=files) as server:
+        request = text_request(generation_id="one")
+        running = [Reader(server.models.Generate(request, **who)) for who in (auth(), other)]
+        for reader in running:
+            await reader.next()
+        cancel = pb.CancelGenerationRequest(generation_id="one")
+        await server.models.CancelGeneration(cancel, **auth("admin"))
+        release(files["m"].model, 100)
+        for reader in running:
+            finished = (await reader.rest())[-1].finished
+            assert finished.finish_reason == pb.FINISH_REASON_CANCELLED
+
+
+async def test_ids_are_a_keys_own(keys_file: Path) -> None:
+    """Two keys may use the same id at once, and neither learns of the other; one key may not."""
+    other = two_users(keys_file)
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with guarded(keys_file, files=files) as server:
+        request = text_request("mine", generation_id="one")
+        first = Reader(server.models.Generate(request, **auth()))
+        await first.next()
+        again = await failure_of(server.models.Generate(request, **auth()))
+        assert again.reason == "GENERATION_ID_IN_USE"
+        second = text_request("theirs", generation_id="one")
+        reader = Reader(server.models.Generate(second, **other))
+        release(files["m"].model, 100)
+        assert final_text(await reader.rest()) == "theirs"
+        assert final_text(await first.rest()) == "mine"
+
+
 # ---------------------------------------------------------------- health
 
 

@@ -969,8 +969,8 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     adapter: _builtins.str
     generation_id: _builtins.str
-    """Unique among generations in flight; the server makes one if empty. Correlation and
-    cancellation, not idempotency (hence not AIP-155's request_id).
+    """Unique among the API key's generations in flight; the server makes one if empty. Correlation
+    and cancellation, not idempotency (hence not AIP-155's request_id).
     """
     priority: Global___Priority.ValueType
     require_loaded: _builtins.bool

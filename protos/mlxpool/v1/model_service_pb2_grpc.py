@@ -130,7 +130,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED.
+        """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED. A key cancels
+        only what it started, an admin's everything; the rest is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -75,7 +75,9 @@ class ModelServiceStub:
     Cancelling the call frees its slot.
     """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CancelGenerationRequest, _model_service_pb2.CancelGenerationResponse]
-    """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED."""
+    """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED. A key cancels
+    only what it started, an admin's everything; the rest is NOT_FOUND.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.TokenizeRequest, _model_service_pb2.TokenizeResponse]
     """Tokenizer only: does not load weights."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CountTokensRequest, _model_service_pb2.CountTokensResponse]
@@ -105,7 +107,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Cancelling the call frees its slot.
     """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CancelGenerationRequest, _model_service_pb2.CancelGenerationResponse]  # type: ignore[assignment]
-    """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED."""
+    """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED. A key cancels
+    only what it started, an admin's everything; the rest is NOT_FOUND.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_model_service_pb2.TokenizeRequest, _model_service_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenizer only: does not load weights."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CountTokensRequest, _model_service_pb2.CountTokensResponse]  # type: ignore[assignment]
@@ -168,7 +172,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.CancelGenerationResponse, _abc.Awaitable[_model_service_pb2.CancelGenerationResponse]]:
-        """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED."""
+        """For callers that do not hold the stream. It ends with FINISH_REASON_CANCELLED. A key cancels
+        only what it started, an admin's everything; the rest is NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -66,7 +66,8 @@ class GenerationLimits:
 
 @dataclass(slots=True)
 class _InFlight:
-    generation_id: str
+    # Its owner and its id.
+    key: tuple[str, str]
     lease: Lease
     received_at: float
     # math.inf: never.
@@ -118,7 +119,8 @@ class Generations:
         self._limits = limits
         self._forecast = QueueForecast(limits.max_batch_size)
         self._pacer = DeltaPacer(limits.max_deltas_per_s)
-        self._in_flight: dict[str, _InFlight] = {}
+        # By owner and id.
+        self._in_flight: dict[tuple[str, str], _InFlight] = {}
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
@@ -147,15 +149,21 @@ class Generations:
             finally:
                 self._forget(generation)
 
-    def cancel(self, generation_id: str) -> None:
-        """End it with FINISH_REASON_CANCELLED. Raises: GenerationNotFoundError."""
-        generation = self._in_flight.get(generation_id)
-        if generation is None:
+    def cancel(self, generation_id: str, owner: str | None = None) -> None:
+        """End it, or with `owner` None everyone's of this id, with FINISH_REASON_CANCELLED.
+
+        Raises: GenerationNotFoundError, also for one of another owner.
+        """
+        owners = {each for each, _ in self._in_flight} if owner is None else {owner}
+        found = [key for each in owners if (key := (each, generation_id)) in self._in_flight]
+        if not found:
             raise GenerationNotFoundError(generation_id)
-        generation.is_cancelled = True
-        generation.lease.wake()
-        self._pool.reservations.wake()
-        self._abort(generation)
+        for key in found:
+            generation = self._in_flight[key]
+            generation.is_cancelled = True
+            generation.lease.wake()
+            self._pool.reservations.wake()
+            self._abort(generation)
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new generations and wait for those in flight. False: some are left."""
@@ -175,7 +183,7 @@ class Generations:
         lease, name = generation.lease, generation.lease.spec.name
         admitted = await self._admit(request, generation)
         yield GenerationStarted(
-            generation.generation_id, name, admitted.revision, admitted.sampling.seed or 0
+            generation.key[1], name, admitted.revision, admitted.sampling.seed or 0
         )
         load_started_at = time.monotonic()
         if generation.ended_early() is None:
@@ -356,13 +364,14 @@ class Generations:
         if self._is_draining:
             raise DrainingError(RETRY_AFTER_S)
         generation_id = request.generation_id or str(uuid.uuid4())
-        if generation_id in self._in_flight:
+        key = request.owner, generation_id
+        if key in self._in_flight:
             raise GenerationIdInUseError(generation_id)
         now = time.monotonic()
         duration_s = request.stop.max_duration_s
         expires_at = math.inf if duration_s is None else now + duration_s
-        generation = _InFlight(generation_id, lease, now, expires_at, request.priority)
-        self._in_flight[generation_id] = generation
+        generation = _InFlight(key, lease, now, expires_at, request.priority)
+        self._in_flight[key] = generation
         self._all_ended.clear()
         return generation
 
@@ -372,7 +381,7 @@ class Generations:
 
     def _forget(self, generation: _InFlight) -> None:
         self._end(generation)
-        del self._in_flight[generation.generation_id]
+        del self._in_flight[generation.key]
         if not self._in_flight:
             self._all_ended.set()
 

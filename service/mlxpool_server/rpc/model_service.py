@@ -17,6 +17,7 @@ from mlxpool_server.pool.generation import Generations
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader
 from mlxpool_server.rpc import call_log
+from mlxpool_server.rpc.access import caller
 from mlxpool_server.rpc.convert import requests, responses
 from mlxpool_server.rpc.paging import page_of
 from mlxpool_server.version import __version__
@@ -82,7 +83,9 @@ class ModelService(pb_grpc.ModelServiceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         call_log.add(model=request.model, generation_id=request.generation_id)
         deadline_s = _deadline_s(context.time_remaining())
-        generation = requests.generation_request(request, self._limits, deadline_s)
+        generation = requests.generation_request(
+            request, self._limits, deadline_s, owner=caller.owner()
+        )
         async with aclosing(self._generations.generate(generation)) as events:
             async for event in events:
                 call_log.add_event(event)
@@ -92,7 +95,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
         call_log.add(generation_id=request.generation_id)
-        self._generations.cancel(request.generation_id)
+        self._generations.cancel(request.generation_id, owner=caller.may_cancel())
         return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:

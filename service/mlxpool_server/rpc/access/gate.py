@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mlxpool_server.errors import ApiKeyInvalidError, ApiKeyMissingError, RoleMissingError
 from mlxpool_server.rpc.access.keys import ApiKey, KeyRing
 from mlxpool_server.rpc.access.quota import Quota
-from mlxpool_server.rpc.access.roles import HEALTH, roles_for
+from mlxpool_server.rpc.access.roles import HEALTH, Role, roles_for
 
 _SCHEME = "bearer"
 
@@ -28,6 +28,11 @@ class Pass:
     def name(self) -> str | None:
         """The key's, for the log."""
         return None if self.key is None else self.key.name
+
+    @property
+    def is_admin(self) -> bool:
+        """Without keys, everyone is."""
+        return self.key is None or Role.ADMIN in self.key.roles
 
     def stream(self) -> AbstractContextManager[None]:
         """Held while a streaming call lasts. Raises: TooManyStreamsError on entering."""

@@ -69,7 +69,10 @@ class RequestLimits:
 
 
 def generation_request(
-    request: pb.GenerateRequest, limits: RequestLimits, deadline_s: float = math.inf
+    request: pb.GenerateRequest,
+    limits: RequestLimits,
+    deadline_s: float = math.inf,
+    owner: str = "",
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
     refuse(request, "", "adapter", "constraint")
@@ -94,6 +97,7 @@ def generation_request(
         keep_alive_s=_keep_alive(request),
         require_loaded=request.require_loaded,
         deadline_s=deadline_s,
+        owner=owner,
     )
 
 

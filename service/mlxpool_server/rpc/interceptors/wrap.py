@@ -13,6 +13,7 @@ from grpc import aio
 
 from mlxpool_server.errors import InvalidFieldError, MlxpoolError
 from mlxpool_server.rpc import call_log
+from mlxpool_server.rpc.access import caller
 from mlxpool_server.rpc.access.gate import Gate, Pass
 
 OWN_PREFIX = "/mlxpool."
@@ -44,12 +45,12 @@ class AroundInterceptor(aio.ServerInterceptor):
         if handler is None:
             return None
         try:
-            caller = self._gate.admit(method, handler_call_details.invocation_metadata)
+            admitted = self._gate.admit(method, handler_call_details.invocation_metadata)
         except MlxpoolError as error:
             # Whatever the method's kind: such a handler reads no request from a stranger.
             return grpc.stream_stream_rpc_method_handler(_refusal(error, _Call(method, self._own)))
         is_own = method.startswith(OWN_PREFIX)
-        call = _Call(method, self._own if is_own else self._standard, caller)
+        call = _Call(method, self._own if is_own else self._standard, admitted)
         formats = {
             "request_deserializer": _Reader(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
@@ -77,6 +78,7 @@ class _Call:
             for around in self.arounds:
                 await stack.enter_async_context(around(self.method, context))
             call_log.add(key=self.caller.name)
+            caller.enter(self.caller)
             yield
 
 
