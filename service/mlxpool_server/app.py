@@ -227,7 +227,7 @@ class App:
     async def stop(self) -> bool:
         """NOT_SERVING → refuse new work → drain → stop the engine, the server, the pool.
 
-        False: a thread is stuck, in a step or a load, and will not end with the process.
+        False: a thread is stuck, in a step, a load or a prompt, and will not end with the process.
         """
         self._health.set_serving(is_serving=False)
         log.info("server.draining", in_flight=self._generations.num_in_flight)
@@ -251,7 +251,7 @@ class App:
             engine_stopped=is_engine_stopped,
             pool_closed=is_pool_closed,
         )
-        return is_engine_stopped and is_pool_closed
+        return is_engine_stopped and is_pool_closed and self._prompts.is_idle
 
     async def _close_pool(self, error: DrainingError) -> bool:
         try:

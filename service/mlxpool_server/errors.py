@@ -25,12 +25,21 @@ class NotImplementedFieldError(MlxpoolError, NotImplementedError):
 
 
 class PromptTooLongError(MlxpoolError, ValueError):
-    """`limit_tokens` is `what`: the model's context, which has to hold the answer too, or less."""
+    """`limit_tokens` is `what`: the model's context, which has to hold the answer too, or less.
+
+    `is_lower_bound`: nobody counted; so many tokens it has at the least.
+    """
 
     def __init__(
-        self, prompt_tokens: int, limit_tokens: int, what: str = "the model's context"
+        self,
+        prompt_tokens: int,
+        limit_tokens: int,
+        what: str = "the model's context",
+        *,
+        is_lower_bound: bool = False,
     ) -> None:
-        super().__init__(f"the prompt has {prompt_tokens} tokens, {what} is {limit_tokens}")
+        has = "has at least" if is_lower_bound else "has"
+        super().__init__(f"the prompt {has} {prompt_tokens} tokens, {what} is {limit_tokens}")
         self.prompt_tokens = prompt_tokens
         self.limit_tokens = limit_tokens
 

@@ -35,6 +35,7 @@ class FakeTokenizer:
     def __init__(self, *, has_chat_template: bool = True) -> None:
         self.has_chat_template = has_chat_template
         self.vocab_size = VOCAB_SIZE
+        self.max_token_chars = 1
         self.eos_token_ids = frozenset({EOS})
         self.may_encode = threading.Event()
         self.may_encode.set()

@@ -20,6 +20,7 @@ from mlx_lm.utils import load_tokenizer
 from mlxpool_server.domain import ChatMessage, Role
 from mlxpool_server.engine.backend import TextDecoder
 from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.mlx_backend.foreign_tokenizer import check_growth, panics_as_errors
 from mlxpool_server.mlx_backend.template_renderer import shared_renderer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -41,6 +42,7 @@ class MlxTokenizer:
         elif isinstance(detokenizer, SPMStreamingDetokenizer):
             self._trims_first_space = detokenizer.trim_space
         self._pieces = _pieces_of(wrapper, detokenizer)
+        self._max_token_chars = max((len(piece) for piece in self._pieces), default=1)
 
     @classmethod
     def read(cls, folder: Path, vocab_size: int, eos_token_ids: object) -> MlxTokenizer:
@@ -48,9 +50,16 @@ class MlxTokenizer:
 
         Raises: what transformers raises on a folder it cannot read.
         """
-        wrapper = load_tokenizer(
-            folder, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids
-        )
+        with panics_as_errors():
+            wrapper = load_tokenizer(
+                folder, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids
+            )
+        fast = getattr(wrapper, "backend_tokenizer", None)
+        if fast is not None:
+            # Some files bring these from training; a prompt is counted and read as it is.
+            fast.no_truncation()
+            fast.no_padding()
+            check_growth(fast)
         if wrapper.has_chat_template:
             shared_renderer().warm_up()
         return cls(wrapper, vocab_size)
@@ -58,6 +67,10 @@ class MlxTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def max_token_chars(self) -> int:
+        return self._max_token_chars
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -72,7 +85,13 @@ class MlxTokenizer:
         if fast is not None:
             # transformers' own encode sets padding on shared state, and fails on two threads.
             # A batch of one: encode() keeps the interpreter to itself for as long as it takes.
-            (encoding,) = fast.encode_batch([text], add_special_tokens=add_special_tokens)
+            try:
+                with panics_as_errors():
+                    (encoding,) = fast.encode_batch([text], add_special_tokens=add_special_tokens)
+            except Exception as error:  # a stranger's file: it may raise anything
+                raise InvalidFieldError(
+                    "prompt", f"the model's tokenizer fails: {error}"
+                ) from error
             return tuple(encoding.ids)
         with self._lock:
             return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))

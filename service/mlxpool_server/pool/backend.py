@@ -29,7 +29,12 @@ class Tokenizer(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]: ...
+    @property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters of a text, its added ones apart."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Raises: InvalidFieldError when the tokenizer fails on the text."""
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """Return the prompt text that opens the assistant's turn.

@@ -293,12 +293,12 @@ class Generations:
             others = self._others(generation)
             self._forecast.check(spec.name, request.priority, others, request.deadline_s)
         tokenizer = await self._prompts.tokenizer(spec)
-        prompt = await self._prompts.read(spec, request.prompt)
+        info = await self._pool.find_info(spec.name)
+        prompt = await self._prompts.read(spec, request.prompt, self._most_prompt_tokens(info))
         check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocab_size)
         check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer.vocab_size)
         # A tokenizer may know more tokens than the model: an id too large crashes the process.
         check_token_ids("prompt", prompt.token_ids, tokenizer.vocab_size)
-        info = await self._pool.find_info(spec.name)
         if info is not None:
             prompt_tokens = len(prompt.token_ids)
             max_tokens, _ = self._max_tokens(request, prompt_tokens, info)
@@ -312,6 +312,10 @@ class Generations:
             sampling=_with_seed(request.sampling),
             revision="" if info is None else info.revision,
         )
+
+    def _most_prompt_tokens(self, info: ModelInfo | None) -> int | None:
+        limits = [self._limits.max_prompt_tokens, None if info is None else info.context_length]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _sequence(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlxpool_server.domain import ChatMessage, Role
 from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.mlx_backend.foreign_tokenizer import TokenizerError
 from mlxpool_server.mlx_backend.tokenizer import ByteDecoder, MlxTokenizer, SlowDecoder
 from tiny_models import write_byte_level, write_sentence_piece
 from tiny_models.tokenizers import EOS
@@ -223,3 +226,61 @@ def test_first_space_is_trimmed_once() -> None:
     """Of the output's first token with text, and no other."""
     decoder = ByteDecoder([b"", b" a", b" "], frozenset(), trims_first_space=True)
     assert [decoder.push(index) for index in (0, 1, 1, 2)] == ["", "a", " a", " "]
+
+
+# ---------------------------------------------------------------- a stranger's tokenizer.json
+
+
+def edited(folder: Path, **parts: Any) -> Path:
+    """A byte-level tokenizer whose tokenizer.json has these parts instead."""
+    write_byte_level(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    return folder
+
+
+def test_training_leftovers_do_not_touch_prompts(tmp_path: Path) -> None:
+    """Truncation would cut a prompt in silence, and padding make any of it."""
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 5000},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    tokenizer = MlxTokenizer.read(edited(tmp_path, truncation=truncation, padding=padding), 0, None)
+    assert len(encode(tokenizer, "abcdef")) == 6
+
+
+def test_a_panic_of_the_tokenizer_is_an_error(tmp_path: Path) -> None:
+    """A regular expression that gives up raises what is no Exception: the request is refused."""
+    gives_up = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    tokenizer = MlxTokenizer.read(edited(tmp_path, pre_tokenizer=gives_up), 0, None)
+    assert encode(tokenizer, "aab")
+    with pytest.raises(InvalidFieldError, match="tokenizer fails"):
+        encode(tokenizer, "a" * 200 + "b")
+
+
+@pytest.mark.parametrize("part", ["normalizers", "decoders"])
+def test_a_text_that_would_grow_without_end(tmp_path: Path, part: str) -> None:
+    """Six rules that make 16 of 1 make 16 million: such a tokenizer is refused when it is read."""
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+    bomb = {"type": "Sequence", part: [rule] * 6}
+    folder = edited(tmp_path, **{part.removesuffix("s"): bomb})
+    with pytest.raises(TokenizerError, match=r"1\.67772e\+07 characters of one"):
+        MlxTokenizer.read(folder, 0, None)
+
+
+def test_no_token_is_longer(tokenizer: MlxTokenizer) -> None:
+    """max_token_chars bounds every piece, so that a text's length bounds its tokens from below."""
+    pieces = [tokenizer.piece(index) for index in range(tokenizer.vocab_size)]
+    assert tokenizer.max_token_chars == max(map(len, pieces))
+    for text in ("hello hello hello", "he he he"):
+        assert len(encode(tokenizer, text)) * tokenizer.max_token_chars >= len(text)

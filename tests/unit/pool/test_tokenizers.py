@@ -10,8 +10,13 @@ import pytest
 
 from fakes.loader import FakeFiles, FakeLoader
 from mlxpool_server.domain import ChatMessage, ChatPrompt, ModelSpec, Role, TextPrompt, TokenPrompt
-from mlxpool_server.errors import LoadFailedError
-from mlxpool_server.pool.prompts import PromptReader
+from mlxpool_server.errors import (
+    InvalidFieldError,
+    LoadFailedError,
+    PromptTooLongError,
+    QueueTimeoutError,
+)
+from mlxpool_server.pool.prompts import MAX_THREADS, PromptReader
 from mlxpool_server.pool.tokenizers import Tokenizers
 
 SPEC = ModelSpec("m", Path("unread"))
@@ -103,3 +108,44 @@ async def test_pieces_only_when_asked_for(files: FakeFiles, prompts: PromptReade
     """Tokens are taken as they are, with no text and no pieces."""
     shown = await prompts.tokenize(SPEC, TokenPrompt((1, 2)), include_pieces=False)
     assert (shown.token_ids, shown.pieces, shown.rendered_prompt) == ((1, 2), (), "")
+
+
+# ---------------------------------------------------------------- slow ones
+
+
+async def test_a_slow_tokenizer_costs_only_its_own_prompts() -> None:
+    """They are refused when their time is up, and other models' prompts are read meanwhile."""
+    slow, quick = FakeFiles(), FakeFiles()
+    slow.tokenizer.may_encode.clear()
+    prompts = PromptReader(FakeLoader({"slow": slow, "quick": quick}), limit_s=0.05)
+    specs = {name: ModelSpec(name, Path("unread")) for name in ("slow", "quick")}
+    reading = [prompts.read(specs["slow"], TextPrompt("abc")) for _ in range(MAX_THREADS + 2)]
+    refused = await asyncio.gather(*reading, return_exceptions=True)
+    kinds = [type(error) for error in refused]
+    assert kinds.count(InvalidFieldError) == MAX_THREADS
+    # Those never had a thread: it is not they who were too slow.
+    assert kinds.count(QueueTimeoutError) == 2
+    assert not prompts.is_idle
+    assert (await prompts.read(specs["quick"], TextPrompt("abc"))).text == "abc"
+    prompts.forget("slow")
+    slow.tokenizer.may_encode.set()
+    assert (await prompts.read(specs["slow"], TextPrompt("abc"))).text == "abc"
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(asyncio.wrap_future, prompts._left))
+    assert prompts.is_idle
+    prompts.close()
+
+
+async def test_a_text_that_must_be_too_long_is_not_tokenised(
+    files: FakeFiles, prompts: PromptReader
+) -> None:
+    """A text and what a template wrote: so many characters cannot be so few tokens."""
+    files.tokenizer.max_token_chars = 4
+    message = ChatMessage(Role.USER, "a" * 40)
+    for prompt in (TextPrompt("a" * 41), ChatPrompt((message,))):
+        with pytest.raises(PromptTooLongError, match=r"at least 1\d tokens") as caught:
+            await prompts.read(SPEC, prompt, max_tokens=10)
+        assert caught.value.limit_tokens == 10
+    assert not files.tokenizer.is_encoding.is_set()
+    # It may fit, as far as its length tells.
+    assert await prompts.read(SPEC, TextPrompt("a" * 40), max_tokens=10)

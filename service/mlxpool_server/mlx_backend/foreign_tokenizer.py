@@ -1,0 +1,57 @@
+"""What a stranger's tokenizer.json may do to a text, and how its failures look."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+# Real ones at most double a text: spaces become U+2581, and one is put before it.
+MAX_GROWTH = 64
+
+
+class TokenizerError(Exception):
+    """The tokenizer failed, or may not be used."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A panic of the Rust library, which is no Exception, becomes a TokenizerError.
+
+    One comes, for example, of a regular expression that gives up on a text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Its class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError("its Rust library gave up") from None
+
+
+def check_growth(tokenizer: Any) -> None:
+    """Look at what replaces parts of a text: ten rules that make 16 of 1 fill any memory.
+
+    Raises: TokenizerError.
+    """
+    for step in (tokenizer.normalizer, tokenizer.decoder):
+        if step is not None and (growth := _growth(json.loads(step.__getstate__()))) > MAX_GROWTH:
+            raise TokenizerError(
+                f"it may make {growth:g} characters of one; at most {MAX_GROWTH} are allowed"
+            )
+
+
+def _growth(rule: Mapping[str, Any]) -> float:
+    match rule:
+        case {"type": "Sequence", "normalizers": parts} | {"type": "Sequence", "decoders": parts}:
+            return math.prod(map(_growth, parts))
+        case {"type": "Replace", "pattern": {"String": pattern}, "content": content}:
+            return max(1.0, len(content) / max(1, len(pattern)))
+        case {"type": "Replace", "content": content}:
+            # It may match nothing at all, before each character.
+            return 1.0 + len(content)
+        case {"type": "Prepend", "prepend": text}:
+            return 1.0 + len(text)
+    return 1.0
