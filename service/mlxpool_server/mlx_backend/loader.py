@@ -39,6 +39,7 @@ from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.model_config import (
+    check_quantization,
     describe_quantization,
     eos_token_ids,
     first_int,
@@ -187,6 +188,8 @@ class MlxLoader:
             raise LoadFailedError(spec.name, f"its folder has no {missing}")
         quantization = quantization_of(config)
         headers = headers_of(spec.name, folder, config)
+        if any(header.name.endswith(".scales") for header in headers):
+            check_quantization(spec.name, quantization)
         choice = self._choose(spec, headers, quantization)
         footprint = _footprint(spec, config, DTYPE_OF.get(choice.layout))
         has_template = has_chat_template(folder)

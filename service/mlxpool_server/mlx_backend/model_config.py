@@ -10,20 +10,25 @@ from safetensors import SafetensorError
 
 from mlxpool_server.errors import LoadFailedError
 from mlxpool_server.mlx_backend.model_size import TensorHeader, read_headers
+from mlxpool_server.pool.config_file import ConfigFileError, read_config_file
 
 INT32_MAX = 2**31 - 1
+# MLX packs 2 to 8 bits, in groups of 16 to 128.
+MAX_BITS = 32
+MAX_GROUP_SIZE = 1024
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
+    """Raises: LoadFailedError."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config_file(folder / "config.json")
     except FileNotFoundError as error:
         raise LoadFailedError(name, "its folder has no config.json") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         problem = f"its config.json cannot be read: {one_line(error)}"
         raise LoadFailedError(name, problem) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise LoadFailedError(name, "its config.json has no model_type")
+    except ConfigFileError as error:
+        raise LoadFailedError(name, f"its config.json {error}") from error
     if config.get("model_file") is not None:
         raise LoadFailedError(name, "it brings its own code (model_file), which is never run")
     return config
@@ -67,6 +72,20 @@ def has_chat_template(folder: Path) -> bool:
 def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
     """Empty: the weights are not quantised."""
     return _section(config, "quantization") or _section(config, "quantization_config")
+
+
+def check_quantization(name: str, quantization: dict[str, Any]) -> None:
+    """Whether sizes can be computed from it. Raises: LoadFailedError."""
+    for part in (quantization, *quantization.values()):
+        if not isinstance(part, dict):
+            continue
+        for key, most in (("bits", MAX_BITS), ("group_size", MAX_GROUP_SIZE)):
+            value = part.get(key)
+            if value is None or (type(value) is int and 1 <= value <= most):
+                continue
+            shown = f"{value!r:.50}"
+            problem = f"its config.json has {key} = {shown}, which is not within 1 to {most}"
+            raise LoadFailedError(name, problem)
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from types import MappingProxyType
 
 from mlxpool_server.domain import ModelSpec
 from mlxpool_server.errors import ModelNotFoundError, SettingsError
+from mlxpool_server.pool.config_file import ConfigFileError, read_config_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,199}")
 # Together these keep an error's text and details well below the 4 KiB that metadata has room for.
@@ -89,20 +89,15 @@ def read_model_type(folder: Path) -> str:
     """
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_bytes())
+        config = read_config_file(config_file)
     except OSError as error:
         raise SettingsError(
             f"{config_file}: {error.strerror or 'cannot be read'}; "
             "point the model at a folder that holds a model in MLX format"
         ) from None
-    except (ValueError, RecursionError):
-        raise SettingsError(f"{config_file}: not JSON; fetch the model again") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(model_type, str) or not model_type:
-        raise SettingsError(
-            f"{config_file}: has no model_type; mlx-lm serves only models whose config names one"
-        )
-    return model_type
+    except ConfigFileError as error:
+        raise SettingsError(f"{config_file}: {error}") from None
+    return str(config["model_type"])
 
 
 def _clipped(name: str) -> str:

@@ -223,7 +223,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config of bytes": (
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"),
-        "config.json cannot be read",
+        "config.json is not JSON",
     ),
     "config no object": (lambda folder: (folder / "config.json").write_text("[]"), "no model_type"),
     "no model_type": (lambda folder: change_config(folder, model_type=None), "no model_type"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -281,3 +282,32 @@ def test_no_pickle(folder: Path, loader: CheckedLoader, tmp_path: Path) -> None:
     with pytest.raises(LoadFailedError):
         loader.load(spec, lambda _: None, lambda: False)
     assert not marker.exists()
+
+
+# ---------------------------------------------------------------- quantisation
+
+
+@pytest.mark.parametrize(
+    ("lie", "problem"),
+    [
+        ({"group_size": -64, "bits": 4}, "group_size = -64"),
+        ({"group_size": 0, "bits": 4}, "group_size = 0"),
+        ({"group_size": 10**9, "bits": 4}, "group_size = 1000000000"),
+        ({"group_size": "64", "bits": 4}, "group_size = '64'"),
+        ({"group_size": True, "bits": 4}, "group_size = True"),
+        ({"group_size": 32, "bits": -4}, "bits = -4"),
+        ({"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": -1}}, "= -1"),
+    ],
+)
+def test_lies_about_quantisation(
+    folder: Path, loader: CheckedLoader, lie: dict[str, Any], problem: str
+) -> None:
+    """A negative size would reserve less than nothing: such a model is refused with the value."""
+    mx.save_safetensors(
+        str(folder / "model.safetensors"),
+        {"model.embed_tokens.scales": mx.zeros((4, 4)), "model.norm.weight": mx.zeros((4,))},
+    )
+    change_config(folder, quantization=lie)
+    with pytest.raises(LoadFailedError) as caught:
+        loader.inspect(ModelSpec("m", folder))
+    assert problem in caught.value.problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from mlxpool_server.domain import HubSource, ModelSpec
 from mlxpool_server.errors import ModelNotFoundError, SettingsError
 from mlxpool_server.pool.catalog import Catalog, read_model_type
+from mlxpool_server.pool.config_file import MAX_CONFIG_BYTES
 
 
 def _model_folder(parent: Path, name: str) -> Path:
@@ -192,7 +194,11 @@ def test_model_type_is_read_without_weights(tmp_path: Path) -> None:
         ("[]", "has no model_type"),
         ("{}", "has no model_type"),
         (json.dumps({"model_type": 3}), "has no model_type"),
+        (json.dumps({"model_type": "\x1b[2J"}), "has a model_type that is no name"),
+        (json.dumps({"model_type": "a" * 1000}), "has a model_type that is no name"),
+        (" " * (MAX_CONFIG_BYTES + 1), f"has more than {MAX_CONFIG_BYTES} bytes"),
     ],
+    ids=range(9),
 )
 def test_a_folder_without_a_model_is_an_error(
     content: str | None, problem: str, tmp_path: Path
@@ -204,3 +210,17 @@ def test_a_folder_without_a_model_is_an_error(
         read_model_type(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert problem in str(caught.value)
+
+
+def test_no_bytes_that_are_no_text(tmp_path: Path) -> None:
+    """Invalid UTF-8 is no JSON."""
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(SettingsError, match="not JSON"):
+        read_model_type(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(SettingsError, match="is no regular file"):
+        read_model_type(tmp_path)
