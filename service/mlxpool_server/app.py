@@ -94,7 +94,7 @@ class App:
             observer=self._telemetry.instruments,
             changed=models_changed,
         )
-        self._prompts = PromptReader(loader)
+        self._prompts = PromptReader(loader, self._pool.is_loaded)
         self._generations = Generations(
             self._pool, self._engine, self._prompts, _generation_limits(settings)
         )

@@ -40,6 +40,8 @@ class FakeFiles:
     may_load: threading.Event = field(default_factory=threading.Event)
     is_loading: threading.Event = field(default_factory=threading.Event)
     may_read_tokenizer: threading.Event = field(default_factory=threading.Event)
+    # Another one: the tokenizer's files were replaced.
+    stamp: int = 0
     num_inspections: int = 0
     num_loads: int = 0
     num_tokenizer_reads: int = 0
@@ -83,6 +85,9 @@ class FakeLoader:
             revision="r1",
             capabilities=frozenset({Capability.CHAT}),
         )
+
+    def tokenizer_stamp(self, spec: ModelSpec) -> object:
+        return self._files[spec.name].stamp
 
     def load_tokenizer(self, spec: ModelSpec) -> FakeTokenizer:
         files = self._files[spec.name]

@@ -25,6 +25,9 @@ class CheckedLoader:
         _check(spec, MODEL_FILES)
         return self._loader.inspect(spec)
 
+    def tokenizer_stamp(self, spec: ModelSpec) -> object:
+        return self._loader.tokenizer_stamp(spec)
+
     def load_tokenizer(self, spec: ModelSpec) -> Tokenizer:
         if not _check(spec, TOKENIZER_FILES) and isinstance(spec.source, HubSource):
             # Here, so that there is a moment between fetching and reading.

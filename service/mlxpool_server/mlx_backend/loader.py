@@ -68,6 +68,7 @@ CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
     "seq_length", "model_max_length",
 )  # fmt: skip
+WEIGHTS = ("model*.safetensors",)
 # For a model whose files do not say, as recurrent ones: as good as no limit, and still a number.
 UNKNOWN_CONTEXT_LENGTH = 1 << 20
 
@@ -206,6 +207,11 @@ class MlxLoader:
         )
         return _Look(info, choice)
 
+    def tokenizer_stamp(self, spec: ModelSpec) -> object:
+        folder = _local_folder(spec, TOKENIZER_FILES)
+        # A folder of the hub's is one of a revision.
+        return None if folder is None else (folder, _stamps(folder, TOKENIZER_FILES))
+
     def load_tokenizer(self, spec: ModelSpec) -> MlxTokenizer:
         folder = _local_folder(spec, TOKENIZER_FILES)
         if folder is None and isinstance(spec.source, HubSource):
@@ -229,7 +235,7 @@ class MlxLoader:
         is_cancelled: Callable[[], bool],
     ) -> MlxModel:
         folder = _local_folder(spec)
-        stamps = None if folder is None else _stamps(folder)
+        stamps = None if folder is None else _stamps(folder, WEIGHTS)
         look = self._look(spec)
         if folder is None or look is None:
             raise LoadFailedError(spec.name, "its files are not on this machine")
@@ -245,7 +251,7 @@ class MlxLoader:
             for done_bytes in evaluated(module, look.dtype, self._processors):
                 report(LoadProgress(LoadPhase.LOADING, done_bytes, total_bytes))
                 check_wanted()
-            if _stamps(folder) != stamps:
+            if _stamps(folder, WEIGHTS) != stamps:
                 raise LoadFailedError(spec.name, "its files changed while they were read")
             model = MlxModel(module, look.info.vocab_size, self._prefill_step_tokens, self._blas)
         if self._warm_up:
@@ -295,7 +301,15 @@ def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> P
     return cached_folder(spec.source, patterns)
 
 
-def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Differ once a weight file was written to or replaced: old and new mixed are no model."""
-    stats = {file.name: file.stat() for file in folder.glob("model*.safetensors")}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+def _stamps(folder: Path, patterns: tuple[str, ...]) -> dict[str, tuple[int, int, int] | None]:
+    """Differ once a file was written to or replaced: old and new mixed are no model."""
+    return {file.name: _stamp(file) for pattern in patterns for file in folder.glob(pattern)}
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = file.stat()
+    except OSError:
+        # It went away since it was found.
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

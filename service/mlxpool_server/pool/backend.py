@@ -63,6 +63,12 @@ class ModelLoader(Protocol):
         Raises: LoadFailedError.
         """
 
+    def tokenizer_stamp(self, spec: ModelSpec) -> object:
+        """Return what differs once a file that `load_tokenizer` reads has changed.
+
+        Raises: LoadFailedError.
+        """
+
     def load_tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
 

@@ -124,6 +124,10 @@ class ModelPool:
         # The state says so only once its memory is free.
         return not (await self.get_model(name)).error_message
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether it is in memory, by the catalogue's name."""
+        return name in self._entries and self._entries[name].is_ready
+
     def use(self) -> PoolUse:
         """What is held and done at this moment; waits for nobody."""
         models = tuple(self._model_use(entry) for entry in self._entries.values())

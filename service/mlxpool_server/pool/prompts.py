@@ -41,9 +41,14 @@ class PromptReader:
     Loads no weights.
     """
 
-    def __init__(self, loader: ModelLoader, limit_s: float = LIMIT_S) -> None:
-        """`limit_s` for each prompt, the wait for a thread included."""
-        self._tokenizers = Tokenizers(loader)
+    def __init__(
+        self,
+        loader: ModelLoader,
+        is_loaded: Callable[[str], bool] = lambda _: False,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        """`is_loaded`: as Tokenizers takes it; `limit_s` for each prompt, with its wait."""
+        self._tokenizers = Tokenizers(loader, is_loaded)
         self._limit_s = limit_s
         self._threads: dict[str, ThreadPoolExecutor] = {}
         # Calls that nobody waits for any more.

@@ -356,3 +356,19 @@ def test_hub_model_that_was_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert info.revision == "abc123"
     (folder / "model.safetensors").unlink()
     assert make_loader().inspect(spec) is None
+
+
+def test_a_stamp_of_the_tokenizers_files(tmp_path: Path) -> None:
+    """It differs once one of them was replaced, came or went, and does not when nothing did."""
+    folder = write_model(tmp_path / "m")
+    loader = MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
+    spec = ModelSpec("m", folder)
+    stamps = [loader.tokenizer_stamp(spec)]
+    assert loader.tokenizer_stamp(spec) == stamps[0]
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "new").write_text(text)
+    (folder / "new").rename(folder / "tokenizer.json")
+    stamps.append(loader.tokenizer_stamp(spec))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    stamps.append(loader.tokenizer_stamp(spec))
+    assert len({repr(stamp) for stamp in stamps}) == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fakes.loader import FakeFiles, FakeLoader
+from fakes.tokenizer import FakeTokenizer
 from mlxpool_server.domain import ChatMessage, ChatPrompt, ModelSpec, Role, TextPrompt, TokenPrompt
 from mlxpool_server.errors import (
     InvalidFieldError,
@@ -29,7 +30,7 @@ def files() -> FakeFiles:
 
 @pytest.fixture
 def tokenizers(files: FakeFiles) -> Tokenizers:
-    return Tokenizers(FakeLoader({"m": files}))
+    return Tokenizers(FakeLoader({"m": files}), lambda _: False)
 
 
 @pytest.fixture
@@ -108,6 +109,19 @@ async def test_pieces_only_when_asked_for(files: FakeFiles, prompts: PromptReade
     """Tokens are taken as they are, with no text and no pieces."""
     shown = await prompts.tokenize(SPEC, TokenPrompt((1, 2)), include_pieces=False)
     assert (shown.token_ids, shown.pieces, shown.rendered_prompt) == ((1, 2), (), "")
+
+
+async def test_changed_files_are_read_anew(files: FakeFiles) -> None:
+    """But not while the model is in memory: its weights are those of the old files."""
+    loaded: set[str] = set()
+    tokenizers = Tokenizers(FakeLoader({"m": files}), loaded.__contains__)
+    old, files.tokenizer, files.stamp = await tokenizers.get(SPEC), FakeTokenizer(), 1
+    loaded.add("m")
+    assert await tokenizers.get(SPEC) is old
+    loaded.clear()
+    both = await asyncio.gather(tokenizers.get(SPEC), tokenizers.get(SPEC))
+    assert {id(each) for each in both} == {id(files.tokenizer)}
+    assert files.num_tokenizer_reads == 2
 
 
 # ---------------------------------------------------------------- slow ones
