@@ -15,12 +15,17 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from mlxpool_server.mlx_backend.process_memory import resident_bytes
 from mlxpool_server.mlx_backend.template_worker import LENGTH_BYTES
 
 LIMIT_S = 5.0
 MEMORY_BYTES = 1 << 30
 # The worker's own alarm comes first; this is for one that does not heed it.
 GRACE_S = 1.0
+# How often a render that takes its time has its memory looked at.
+LOOK_S = 0.02
+# macOS takes no limit of the address space.
+LIMITS_ADDRESS_SPACE = sys.platform != "darwin"
 # It imports transformers, from a cold disk perhaps.
 START_LIMIT_S = 120.0
 # As many as there are threads that render.
@@ -43,9 +48,19 @@ class _WorkerLostError(Exception):
 class TemplateRenderer:
     """Thread-safe. Each render has a process to itself; between renders they are kept."""
 
-    def __init__(self, limit_s: float = LIMIT_S, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        limit_s: float = LIMIT_S,
+        memory_bytes: int = MEMORY_BYTES,
+        *,
+        limits_address_space: bool = LIMITS_ADDRESS_SPACE,
+    ) -> None:
+        """A process may hold `memory_bytes`, by its own limit where the system has one, and looked
+        at from here wherever it has not.
+        """
         self._limit_s = limit_s
         self._memory_bytes = memory_bytes
+        self._limits_address_space = limits_address_space
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
 
@@ -53,7 +68,7 @@ class TemplateRenderer:
         """Start a process, so that the first render need not wait for all of its start."""
         with self._lock:
             if not self._idle:
-                self._idle.append(_Worker(self._memory_bytes, self._limit_s))
+                self._idle.append(self._new_worker())
 
     def render(
         self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
@@ -87,7 +102,12 @@ class TemplateRenderer:
                 if (worker := self._idle.pop()).is_alive:
                     return worker
                 worker.kill()
-        return _Worker(self._memory_bytes, self._limit_s)
+        return self._new_worker()
+
+    def _new_worker(self) -> _Worker:
+        return _Worker(
+            self._memory_bytes, self._limit_s, limits_address_space=self._limits_address_space
+        )
 
     def _put_back(self, worker: _Worker) -> None:
         with self._lock:
@@ -108,7 +128,9 @@ def shared_renderer() -> TemplateRenderer:
 class _Worker:
     """One process. Used by one thread at a time."""
 
-    def __init__(self, memory_bytes: int, limit_s: float) -> None:
+    def __init__(self, memory_bytes: int, limit_s: float, *, limits_address_space: bool) -> None:
+        self._memory_bytes = memory_bytes
+        own_limit = memory_bytes if limits_address_space else 0
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         own = {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -117,7 +139,7 @@ class _Worker:
             "HF_HUB_OFFLINE": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER, str(memory_bytes), str(limit_s)],
+            [sys.executable, "-m", _WORKER, str(own_limit), str(limit_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -177,8 +199,12 @@ class _Worker:
             # poll, not select: a busy server has more than 1024 descriptors.
             poll = select.poll()
             poll.register(pipe, select.POLLIN)
-            if remaining_s <= 0 or not poll.poll(remaining_s * 1000):
+            if remaining_s <= 0:
                 raise _WorkerLostError
+            if not poll.poll(min(remaining_s, LOOK_S) * 1000):
+                if resident_bytes(self._process.pid) > self._memory_bytes:
+                    raise _WorkerLostError
+                continue
             chunk = pipe.read(min(num_bytes - len(chunks), 1 << 20))
             if not chunk:
                 raise _WorkerLostError

@@ -77,16 +77,19 @@ def _reply(render: Any, request: bytes) -> dict[str, Any]:
 
 
 def _give_up_rights(memory_bytes: int) -> None:
-    """No more files, processes or writes, should a template ever get out of its sandbox."""
+    """No more files, processes or writes, should a template ever get out of its sandbox.
+
+    `memory_bytes` 0: the parent looks after it.
+    """
     limits = {
-        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_AS: memory_bytes or resource.RLIM_INFINITY,
         resource.RLIMIT_NOFILE: 0,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
     }
     for kind, limit in limits.items():
-        # macOS takes no limit of the address space.
+        # Some systems refuse some of them.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (limit, limit))
 

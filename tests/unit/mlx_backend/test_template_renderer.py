@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from mlxpool_server.domain import ChatMessage, Role
 from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.mlx_backend import tokenizer as tokenizer_module
+from mlxpool_server.mlx_backend.process_memory import resident_bytes, resident_bytes_by_ps
 from mlxpool_server.mlx_backend.template_renderer import TemplateError, TemplateRenderer
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from tiny_models import write_byte_level
@@ -209,3 +213,31 @@ def test_a_folders_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tokenizer.render_chat([ChatMessage(Role.USER, "hang")])
     assert tokenizer.render_chat([ChatMessage(Role.USER, "go on")]) == "[user]go on"
     renderer.close()
+
+
+def test_memory_where_the_system_sets_no_limit() -> None:
+    """As on macOS: the process is looked at from outside, and killed above the limit."""
+    renderer = TemplateRenderer(
+        limit_s=PATIENCE_S, memory_bytes=400 * 2**20, limits_address_space=False
+    )
+    try:
+        assert render(renderer, PLAIN) == "[user]hi"
+        # 3 GB in the end, 10 MB at a time.
+        hog = (
+            "{% set all = namespace(text='') %}{% for _ in range(300) %}"
+            "{% set all.text = all.text + 'a' * 10000000 %}{% endfor %}"
+        )
+        assert "too much memory" in problem_of(renderer, hog)
+    finally:
+        renderer.close()
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="ps is not installed")
+@pytest.mark.parametrize("reader", [resident_bytes, resident_bytes_by_ps])
+def test_another_process_memory(reader: Callable[[int], int]) -> None:
+    """In bytes, and 0 for one that is gone."""
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert ours / 4 < reader(os.getpid()) <= 2 * ours
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert reader(gone.pid) == 0
