@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,12 +131,19 @@ def test_find(file: Path) -> None:
             ring.find(wrong)
 
 
-@given(st.text(max_size=600))
-def test_nobody_guesses(key: str) -> None:
+@pytest.fixture(scope="module")
+def nobody(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
+    """A ring without keys."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.touch()
+    return KeyRing(file)
+
+
+@given(key=st.text(max_size=600))
+def test_nobody_guesses(nobody: KeyRing, key: str) -> None:
     """Whatever is sent, it is refused as invalid, and not repeated."""
-    ring = KeyRing(Path("/dev/null"))
     with pytest.raises(ApiKeyInvalidError) as caught:
-        ring.find(key)
+        nobody.find(key)
     assert len(key) < 8 or key not in str(caught.value)
 
 
@@ -225,3 +233,21 @@ def test_wrong_usage_makes_no_key(arguments: list[str], capsys: pytest.CaptureFi
     assert shown.out == ""
     assert "mlxpool new-key: error: " in shown.err
     assert "mlxpool_" not in shown.err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """The event loop reads the file: nobody may ever write to a pipe."""
+    os.mkfifo(tmp_path / "keys.toml")
+    with pytest.raises(SettingsError, match="is no regular file"):
+        read_keys(tmp_path / "keys.toml")
+
+
+def test_a_file_that_everyone_may_write_to(tmp_path: Path) -> None:
+    """Whoever writes to it lets himself in."""
+    file = tmp_path / "keys.toml"
+    file.write_text("")
+    file.chmod(0o666)
+    with pytest.raises(SettingsError, match="chmod o-w"):
+        read_keys(file)
+    file.chmod(0o664)
+    assert read_keys(file) == ()

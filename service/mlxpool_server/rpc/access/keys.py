@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,12 +93,11 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
     """Raises: SettingsError, whose text names the entry and the remedy, never a hash."""
     where = f"api_keys_file {file}"
     try:
-        with file.open("rb") as opened:
-            raw = opened.read(MAX_FILE_BYTES + 1)
+        raw = _read(file)
     except OSError as error:
         raise SettingsError(f"{where}: {error.strerror or 'cannot be read'}") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise SettingsError(f"{where}: larger than {MAX_FILE_BYTES} bytes")
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}") from None
     try:
         table = tomllib.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -115,6 +116,22 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
         if len(set(values)) != len(values):
             raise SettingsError(f"{where}: two keys have the same {what}")
     return tuple(keys)
+
+
+def _read(file: Path) -> bytes:
+    """Raises: OSError; ValueError for a file that may not be used."""
+    # Not to wait, on the event loop, for whoever writes to a pipe.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as opened:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError("is no regular file")
+        if mode & stat.S_IWOTH:
+            raise ValueError("everyone on this machine may write to it; chmod o-w")
+        raw = opened.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
+    return raw
 
 
 def check_entry(entry: Mapping[str, object]) -> None:
