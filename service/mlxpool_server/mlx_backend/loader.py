@@ -48,6 +48,7 @@ from mlxpool_server.mlx_backend.model_config import (
     one_line,
     quantization_of,
     read_config,
+    vocab_size_of,
 )
 from mlxpool_server.mlx_backend.model_size import (
     TensorHeader,
@@ -59,7 +60,7 @@ from mlxpool_server.mlx_backend.openblas import OpenBlas
 from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
-from mlxpool_server.mlx_backend.weights import all_arrays, evaluated
+from mlxpool_server.mlx_backend.weights import all_arrays, embedding_rows, evaluated
 
 log = structlog.get_logger(__name__)
 
@@ -198,7 +199,7 @@ class MlxLoader:
             architecture=str(config["model_type"]),
             quantization=describe_quantization(quantization),
             context_length=first_int(config, *CONTEXT_KEYS) or UNKNOWN_CONTEXT_LENGTH,
-            vocab_size=first_int(config, "vocab_size") or vocabulary_of(headers),
+            vocab_size=vocab_size_of(config) or vocabulary_of(headers),
             estimated_bytes=estimate_bytes(headers, quantization, choice.layout),
             footprint=footprint,
             warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
@@ -219,7 +220,7 @@ class MlxLoader:
         if folder is None:
             raise LoadFailedError(spec.name, "its folder does not exist")
         config = read_config(spec.name, folder)
-        vocab_size = first_int(config, "vocab_size")
+        vocab_size = vocab_size_of(config)
         if not vocab_size and not missing_weights(folder):
             vocab_size = vocabulary_of(headers_of(spec.name, folder, config))
         try:
@@ -253,6 +254,11 @@ class MlxLoader:
                 check_wanted()
             if _stamps(folder, WEIGHTS) != stamps:
                 raise LoadFailedError(spec.name, "its files changed while they were read")
+            rows = embedding_rows(module)
+            if rows and look.info.vocab_size > rows:
+                # An id beyond its rows would end the process.
+                problem = f"it claims {look.info.vocab_size} tokens, and has embeddings for {rows}"
+                raise LoadFailedError(spec.name, problem)
             model = MlxModel(module, look.info.vocab_size, self._prefill_step_tokens, self._blas)
         if self._warm_up:
             report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))

@@ -103,6 +103,17 @@ def first_int(config: dict[str, Any], *keys: str) -> int:
     return 0
 
 
+def vocab_size_of(config: dict[str, Any]) -> int:
+    """The smallest that it claims, for ids below it are right whichever one the model's code reads.
+
+    0: it claims none.
+    """
+    claims = (
+        first_int(source, "vocab_size") for source in (config, _section(config, "text_config"))
+    )
+    return min((claim for claim in claims if claim), default=0)
+
+
 def describe_quantization(quantization: dict[str, Any]) -> str:
     if "bits" not in quantization:
         return ""

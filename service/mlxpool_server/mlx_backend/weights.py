@@ -14,6 +14,8 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
+from mlxpool_server.mlx_backend.model_size import EMBEDDINGS
+
 PORTION_BYTES = 8 * 1024 * 1024
 
 
@@ -113,3 +115,15 @@ def _evaluate(arrays: list[mx.array], processors: AbstractContextManager[None]) 
     with processors:
         mx.eval(arrays)
     return sum(array.nbytes for array in arrays)
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens have an input embedding; 0 when it is not found."""
+    names = {name.removesuffix(".weight") for name in EMBEDDINGS}
+    found = [
+        (path.rpartition(".")[2] in names, part.weight.shape[0])
+        for path, part in model.named_modules()
+        if isinstance(part, nn.Embedding | nn.QuantizedEmbedding)
+    ]
+    known = [rows for is_known, rows in found if is_known]
+    return min(known) if known else max((rows for _, rows in found), default=0)

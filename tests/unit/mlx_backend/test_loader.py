@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
+from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import (
     Capability,
@@ -28,7 +30,8 @@ from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 from mlxpool_server.mlx_backend import loader as loader_module
 from mlxpool_server.mlx_backend import weights as weights_module
 from mlxpool_server.mlx_backend.loader import UNKNOWN_CONTEXT_LENGTH, MlxLoader, MlxModel
-from tiny_models import ARCHITECTURES, write_byte_level, write_model
+from mlxpool_server.mlx_backend.weights import embedding_rows
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, write_byte_level, write_model
 
 LAYOUTS = [Layout.STORED, Layout.FLOAT32, Layout.BFLOAT16, Layout.FLOAT16]
 
@@ -372,3 +375,34 @@ def test_a_stamp_of_the_tokenizers_files(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     stamps.append(loader.tokenizer_stamp(spec))
     assert len({repr(stamp) for stamp in stamps}) == 3
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "llama4"])
+def test_a_vocabulary_larger_than_its_embedding(tmp_path: Path, architecture: str) -> None:
+    """An id beyond the embedding's rows would end the process: no such id passes for one."""
+    folder = write_model(tmp_path / "m", architecture)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"vocab_size": 10**9}))
+    loader = MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
+    spec = ModelSpec("m", folder)
+    try:
+        loader.load(spec, lambda _: None, lambda: False)
+    except LoadFailedError:
+        return
+    info = loader.inspect(spec)
+    assert info is not None
+    assert info.vocab_size == loader.load_tokenizer(spec).vocab_size == VOCAB_SIZE
+
+
+def test_no_more_tokens_than_embeddings(tmp_path: Path) -> None:
+    """Wherever the lie is told: here the code's own name for the size is another one."""
+    folder = write_model(tmp_path / "m", "llama4")
+    module, _ = load_model(folder)
+    assert embedding_rows(module) == VOCAB_SIZE
+    claimed = MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
+    with (
+        mock.patch.object(loader_module, "vocab_size_of", return_value=10**9),
+        pytest.raises(LoadFailedError, match="and has embeddings for 320"),
+    ):
+        claimed.load(ModelSpec("m", folder), lambda _: None, lambda: False)
