@@ -95,6 +95,9 @@ class PromptCaches:
                 allotment.engine_bytes = target
                 if self._is_current(allotment):
                     self._ledger.try_hold(allotment, max(target, allotment.target_bytes))
+            # What was taken back before the engine heard of it is held all the same.
+            if self._is_current(allotment):
+                self._ledger.try_hold(allotment, allotment.target_bytes)
         except MlxpoolError:
             # The engine does not run: it keeps nothing.
             if self._is_current(allotment):

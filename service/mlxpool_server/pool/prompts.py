@@ -153,5 +153,5 @@ def _check_length(tokenizer: Tokenizer, text: str, max_tokens: int | None) -> No
     """Raises: PromptTooLongError."""
     fewest = -(-len(text) // max(1, tokenizer.max_token_chars))
     if max_tokens is not None and fewest > max_tokens:
-        what = "the most it may have"
+        what = "the most that the model's context and this server allow"
         raise PromptTooLongError(fewest, max_tokens, what, is_lower_bound=True)

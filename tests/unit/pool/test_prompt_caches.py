@@ -84,6 +84,19 @@ async def test_a_lower_limit_takes_prompts_first(house: House) -> None:
     assert house.resident == {"a"}
 
 
+async def test_given_and_taken_back_at_once(house: House) -> None:
+    """What is taken back before the engine ever heard of it is free, and nobody waits for it."""
+    await house.load("a")
+    await house.held(60)
+    caches = house.pool._prompt_caches
+    caches.start_shrinking(20)
+    await house.held(40)
+    caches.top_up("a")
+    caches.start_shrinking(20)
+    assert await house.pool.set_limit(40) == ()
+    assert house.pool.used_bytes == 40
+
+
 async def test_clearing_tells_how_much(house: House) -> None:
     """The model may fill it anew."""
     await house.load("a")
