@@ -119,10 +119,13 @@ class _Parameters:
 def _draw(logits: mx.array, rows: Sequence[SampledRow], parameters: _Parameters) -> mx.array:
     draws = [(0.5, False) if row.is_greedy else row.next_draw() for row in rows]
     logits = logits - mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp(logits / parameters.temperature)
     if parameters.has_filters:
         strikes = mx.array([[strikes] for _, strikes in draws]) if parameters.has_xtc else None
-        weights = mx.where(_kept(mx.exp(logits), parameters, strikes), weights, 0.0)
+        logits = mx.where(_kept(mx.exp(logits), parameters, strikes), logits, -mx.inf)
+        if parameters.has_xtc:
+            # It may have taken the likeliest: what is left has to have a weight that is no 0.
+            logits = logits - mx.max(logits, axis=-1, keepdims=True)
+    weights = mx.exp(logits / parameters.temperature)
     return pick(weights, mx.cumsum(weights, axis=-1), _column([number for number, _ in draws]))
 
 

@@ -31,7 +31,11 @@ def _sample_row(logits: Floats, row: SampledRow) -> int:
     logits = logits - logits.max()
     weights = np.exp(logits)
     kept = _kept(weights, row, xtc_strikes=xtc_strikes) if row.is_filtered else None
-    if row.temperature != 1.0:
+    if kept is not None and xtc_strikes:
+        # It may have taken the likeliest: what is left has to have a weight that is no 0.
+        logits = np.where(kept, logits, np.float32(-np.inf))
+        logits = logits - logits.max()
+    if row.temperature != 1.0 or xtc_strikes:
         weights = np.exp(logits / np.float32(row.temperature))
     if kept is not None:
         weights = np.where(kept, weights, np.float32(0))

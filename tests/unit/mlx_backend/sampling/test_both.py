@@ -359,3 +359,11 @@ def test_new_parameter_values_are_not_slow(sampler: Sampler) -> None:
         draw(step)
     # Compiled, each of them takes half a second.
     assert time.perf_counter() - started < 2
+
+
+@both
+def test_what_xtc_leaves_is_drawn_however_unlikely(sampler: Sampler) -> None:
+    """At a low temperature its weight is a 0 beside the likeliest one's, which is gone."""
+    logits = np.array([[30.0, 25.0, 0.0]], dtype=np.float32)
+    params = SamplingParams(temperature=0.2, xtc_probability=1.0, xtc_threshold=0.0)
+    assert list(sampler(logits, [ScriptedRow(params, 3, strikes=True)])) == [2]
