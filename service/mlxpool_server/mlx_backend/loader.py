@@ -25,6 +25,7 @@ from mlxpool_server.domain import (
     ModelSpec,
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolError
+from mlxpool_server.mlx_backend import row_attention
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.flat_rows import flatten_rows
@@ -163,6 +164,7 @@ class MlxLoader:
         `blas` is what a CPU's matrix products run on. `pool_limit_bytes` bounds the layouts that
         are chosen here; None: any fits. `warm_up`: run each model once before it is used.
         """
+        row_attention.install()
         self._blas = blas
         self._prefill_step_tokens = prefill_step_tokens
         self._default_layout = default_layout

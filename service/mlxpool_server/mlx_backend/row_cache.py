@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from mlxpool_server.domain import KV_STEP_TOKENS
+from mlxpool_server.mlx_backend import row_attention
 
 
 class Lengths:
@@ -31,6 +32,8 @@ class Lengths:
         self.is_even = all(row == self.longest for row in rows)
         self._offsets: mx.array | None = None
         self._masks: dict[tuple[int, int | None], mx.array] = {}
+        self._next: Lengths | None = None
+        self._places: dict[tuple[int, ...], mx.array] = {}
         self._following: dict[tuple[int, ...], Lengths] = {}
 
     @property
@@ -39,6 +42,12 @@ class Lengths:
         if self._offsets is None:
             self._offsets = mx.array(self.rows, dtype=mx.int32)
         return self._offsets
+
+    def next(self) -> Lengths:
+        """With one token more in each row."""
+        if self._next is None:
+            self._next = Lengths(tuple(row + 1 for row in self.rows))
+        return self._next
 
     def plus(self, counts: Sequence[int]) -> Lengths:
         return self._derive(
@@ -62,6 +71,13 @@ class Lengths:
                 mask = mask & (keys > queries[..., None] - window)
             self._masks[key] = mask[:, None]
         return self._masks[key]
+
+    def places(self, shape: tuple[int, ...]) -> mx.array:
+        """Where one new token of each row goes, of this shape: (rows, heads, 1, head size)."""
+        if shape not in self._places:
+            offsets = self.offsets[:, None, None, None]
+            self._places[shape] = mx.broadcast_to(offsets, shape)
+        return self._places[shape]
 
     def _derive(self, rows: tuple[int, ...]) -> Lengths:
         if rows not in self._following:
@@ -110,14 +126,20 @@ class RowCache:
     ) -> mx.array | str | None:
         if self.lengths.is_even and window_size is None and not return_array:
             return None if num_tokens == 1 else "causal"
-        return self.lengths.mask(num_tokens, window_size)
+        mask = self.lengths.mask(num_tokens, window_size)
+        if num_tokens == 1 and window_size is None:
+            row_attention.remember(mask, self.lengths.offsets)
+        return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         num_tokens = keys.shape[2]
         end = self.lengths.longest + num_tokens
         self.keys = self._write(_grown(self.keys, keys, end), keys)
         self.values = self._write(_grown(self.values, values, end), values)
-        self.lengths = self.lengths.plus([num_tokens] * keys.shape[0])
+        if num_tokens == 1:
+            self.lengths = self.lengths.next()
+        else:
+            self.lengths = self.lengths.plus([num_tokens] * keys.shape[0])
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def prepare(self, *, lengths: Sequence[int], right_padding: Sequence[int]) -> None:
@@ -170,8 +192,7 @@ class RowCache:
             held[:, :, start : start + num_tokens] = new
             return held
         if num_tokens == 1:
-            places = mx.broadcast_to(self.lengths.offsets[:, None, None, None], new.shape)
-            return mx.put_along_axis(held, places, new, axis=2)
+            return mx.put_along_axis(held, self.lengths.places(new.shape), new, axis=2)
         for row in range(rows):
             start = self.lengths.rows[row]
             held[row, :, start : start + num_tokens] = new[row]
