@@ -36,6 +36,7 @@ from mlxpool_server.mlx_backend.hub import (
     cached_folder,
     download,
 )
+from mlxpool_server.mlx_backend.joined_products import join_products
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
@@ -262,6 +263,8 @@ class MlxLoader:
                 problem = f"it claims {look.info.vocab_size} tokens, and has embeddings for {rows}"
                 raise LoadFailedError(spec.name, problem)
             model = MlxModel(module, look.info.vocab_size, self._prefill_step_tokens, self._blas)
+            if device_kind() == "cuda":
+                join_products(module, self._processors)
         if self._warm_up:
             report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))
             with _as_load_failures(spec.name, "its first run failed: "):
