@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlxpool_server.mlx_backend.sampling import cuda
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 
@@ -18,19 +19,21 @@ class DeviceSampler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._rows: list[SampledRow] = []
+        # One or the other: made when they are first needed.
         self._parameters: _Parameters | None = None
+        self._cuda_rows: cuda.CudaRows | None = None
         # The tokens that penalties look at: (rows, those of the longest). The id behind the
         # vocabulary's last stands for none.
         self._context: mx.array | None = None
 
     def extend(self, rows: Sequence[SampledRow]) -> None:
         self._rows = [*self._rows, *rows]
-        self._parameters = None
+        self._parameters = self._cuda_rows = None
         self._context = self._joined_context(rows)
 
     def keep(self, indices: Sequence[int]) -> None:
         self._rows = [self._rows[index] for index in indices]
-        self._parameters = None
+        self._parameters = self._cuda_rows = None
         if not any(row.has_penalties for row in self._rows):
             self._context = None
         elif self._context is not None:
@@ -40,6 +43,11 @@ class DeviceSampler:
         """One token a row, shape (rows,), not evaluated; `logits` has (rows, vocabulary)."""
         if all(row.is_plain_greedy for row in self._rows):
             return mx.argmax(logits, axis=-1)
+        if cuda.is_supported():
+            if self._cuda_rows is None:
+                self._cuda_rows = cuda.CudaRows(self._rows, self._vocab_size)
+            tokens, self._context = self._cuda_rows.sample(logits, self._context)
+            return tokens
         if self._parameters is None:
             self._parameters = _Parameters(self._rows, self._vocab_size)
         logits = self._adjusted(logits.astype(mx.float32), self._parameters)
