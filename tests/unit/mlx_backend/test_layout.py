@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from mlxpool_server.mlx_backend.layout import (
     Timings,
     form_of,
     is_dense_better,
+    measure_products,
 )
 from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.model_size import TensorHeader
@@ -78,14 +79,14 @@ def test_a_device_gets_what_is_fast_on_it(kind: str, measured: Measured, expecte
 @pytest.mark.parametrize(
     ("dense", "expected"),
     [
-        (Timings(1.5, 10.0), True),
-        (Timings(1.6, 1.0), False),
+        (Timings(2.0, 10.0), True),
+        (Timings(2.1, 1.0), False),
         (Timings(0.1, 12.1), False),
     ],
     ids=["at the border", "slow alone", "no gain together"],
 )
 def test_dense_has_to_be_worth_its_bytes(dense: Timings, expected: bool) -> None:
-    """It may cost one row 1.5x, and has to bring a batch 1.25x."""
+    """It may cost one row 2x, and has to bring a batch 1.25x."""
     assert is_dense_better(Measured(Timings(1.0, 15.0), dense))[0] is expected
 
 
@@ -148,6 +149,29 @@ def test_form_of_a_model() -> None:
 
 
 # ---------------------------------------------------------------- on this CPU
+
+
+@pytest.mark.parametrize(
+    ("wins_at", "asked"), [(7, [7]), (32, [7, 32]), (64, [7, 32])], ids=["few", "many", "never"]
+)
+def test_cuda_is_asked_about_more_rows_only_while_it_matters(
+    monkeypatch: pytest.MonkeyPatch, wins_at: int, asked: list[int]
+) -> None:
+    """Each quantised kernel for more rows takes half a minute to compile there."""
+    rows: list[int] = []
+
+    def time_them(_: object, num_rows: int, __: object) -> Timings:
+        if not rows or rows[-1] != num_rows:
+            rows.append(num_rows)
+            return Timings(1.0, 2.0 if num_rows >= wins_at else 1.0)
+        return Timings(1.0, 1.0)
+
+    monkeypatch.setattr(layout_module, "_time", time_them)
+    monkeypatch.setattr(layout_module, "GPU_SHAPE", ((256,), 64))
+    monkeypatch.setattr(layout_module, "device_kind", lambda: "cuda")
+    measured = measure_products(Q4, Layout.BFLOAT16, nullcontext())
+    assert (rows, measured.num_rows) == (asked, asked[-1])
+    assert is_dense_better(measured)[0] is (wins_at in asked)
 
 
 @pytest.fixture
