@@ -81,7 +81,7 @@ class Decode:
             cache.filter(kept)
         self.rows = [self.rows[index] for index in kept]
         if self._feed is not None:
-            self._feed = self._feed[mx.array(kept, dtype=mx.int32)]
+            self._feed = self._feed[mx.array(kept, dtype=mx.uint32)]
         if self._sampler is not None:
             self._sampler.keep(kept)
 

@@ -20,7 +20,7 @@ class LastRows:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # Which token of each row, while a pass is being built.
+        # Which token of each row, all rows counted through, while a pass is being built.
         self._last: mx.array | None = None
         for module in model.modules():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
@@ -35,7 +35,9 @@ class LastRows:
         if tokens.shape[1] == 1:
             logits: mx.array = self.model(tokens, cache=caches)
             return logits[:, -1]
-        self._last = mx.array([count - 1 for count in counts], dtype=mx.int32)
+        num_tokens = tokens.shape[1]
+        last = [row * num_tokens + count - 1 for row, count in enumerate(counts)]
+        self._last = mx.array(last, dtype=mx.uint32)
         try:
             # A model whose head was not found gives all of them.
             return self.pick(self.model(tokens, cache=caches))[:, -1]
@@ -46,7 +48,8 @@ class LastRows:
         """Of (rows, tokens, size) each row's last token: (rows, 1, size)."""
         if self._last is None or hidden.ndim != 3 or hidden.shape[1] == 1:  # noqa: PLR2004
             return hidden
-        return mx.take_along_axis(hidden, self._last[:, None, None], axis=1)
+        # Like words from an embedding: on CUDA that kernel is there already.
+        return hidden.reshape(-1, hidden.shape[-1])[self._last][:, None]
 
     def _pick_first(self, head: Call, hidden: mx.array) -> mx.array:
         return head(self.pick(hidden))

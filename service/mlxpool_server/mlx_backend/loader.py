@@ -37,6 +37,7 @@ from mlxpool_server.mlx_backend.hub import (
     download,
 )
 from mlxpool_server.mlx_backend.joined_products import join_products
+from mlxpool_server.mlx_backend.kernel_folder import keep_kernels
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
@@ -90,6 +91,9 @@ class MlxModel:
         self._blas = blas
         self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
         self._batch_problem = batch_problem(model)
+        self._is_quantized = any(
+            isinstance(module, nn.QuantizedLinear) for module in model.modules()
+        )
 
     @property
     def batch_problem(self) -> str:
@@ -119,6 +123,7 @@ class MlxModel:
         problem = warm_up(
             self._trial_batch,
             can_batch=not self._batch_problem,
+            is_quantized=self._is_quantized,
             vocab_size=self._vocab_size,
             processors=processors,
             check_wanted=check_wanted,
@@ -165,6 +170,7 @@ class MlxLoader:
         `blas` is what a CPU's matrix products run on. `pool_limit_bytes` bounds the layouts that
         are chosen here; None: any fits. `warm_up`: run each model once before it is used.
         """
+        keep_kernels()
         row_attention.install()
         self._blas = blas
         self._prefill_step_tokens = prefill_step_tokens

@@ -85,7 +85,7 @@ class Prefill:
             caches = copy.deepcopy(self._caches)
             for cache in caches:
                 cache.filter(done)
-            logits = logits[mx.array(done, dtype=mx.int32)]
+            logits = logits[mx.array(done, dtype=mx.uint32)]
             self._keep([index for index in range(len(self.rows)) if index not in set(done)])
         return rows, logits, caches
 

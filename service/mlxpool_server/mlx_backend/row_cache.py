@@ -157,7 +157,8 @@ class RowCache:
     def filter(self, indices: Sequence[int]) -> None:
         self.lengths = self.lengths.keep(indices)
         if self.keys is not None and self.values is not None:
-            kept = mx.array(list(indices), dtype=mx.int32)
+            # The type that an embedding is looked up with: its kernel is there already.
+            kept = mx.array(list(indices), dtype=mx.uint32)
             end = _capacity(self.lengths.longest)
             self.keys = self.keys[kept, :, :end]
             self.values = self.values[kept, :, :end]

@@ -15,19 +15,22 @@ from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.model_config import one_line
 
-# Rows take turns with these: prompts of different lengths, and both ways to pick a token.
+# Rows take turns with these: prompts of different lengths, and both ways to pick a token; half of
+# them leave a step before the others.
 PROMPT_TOKENS = (1, 2)
 SAMPLINGS = (
     SamplingParams(temperature=0.0, seed=0),
-    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=0),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.1, seed=0),
 )
-NUM_TOKENS = 3
+NUM_TOKENS = (3, 4)
 CPU_ROWS = (2,)
-# A GPU's kernels are chosen by the number of rows.
+# A GPU's kernels are chosen by the number of rows; CUDA's quantised products have one each for up
+# to 16, 32 and 64.
 GPU_ROWS = (2, 8, 1)
+QUANTIZED_ROWS = (2, 8, 32, 64, 1)
 # The most prompt tokens of one pass: all rows at once.
-WARM_UP_TOKENS = max(PROMPT_TOKENS) * max(GPU_ROWS)
-# Far more than a batch needs for NUM_TOKENS a row.
+WARM_UP_TOKENS = max(PROMPT_TOKENS) * max(QUANTIZED_ROWS)
+# Far more than a batch needs for so few tokens a row.
 MAX_STEPS = 64
 
 
@@ -37,15 +40,16 @@ class _NewBatch(Protocol):
 
 def warm_up_bytes(footprint: Footprint) -> int:
     """What a warm-up takes at its worst, beside the weights."""
-    num_rows = max(_batch_sizes())
+    num_rows = max(_batch_sizes(is_quantized=True))
     longest = max(PROMPT_TOKENS)
-    return footprint.batch_bytes(num_rows, longest + NUM_TOKENS, num_rows * longest)
+    return footprint.batch_bytes(num_rows, longest + max(NUM_TOKENS), num_rows * longest)
 
 
 def warm_up(
     new_batch: _NewBatch,
     *,
     can_batch: bool,
+    is_quantized: bool,
     vocab_size: int,
     processors: AbstractContextManager[None],
     check_wanted: Callable[[], None],
@@ -59,7 +63,7 @@ def warm_up(
     problem = ""
     if can_batch:
         try:
-            for num_rows in _batch_sizes():
+            for num_rows in _batch_sizes(is_quantized=is_quantized):
                 _run(new_batch(is_batchable=True), num_rows, vocab_size, processors, check_wanted)
         except MlxpoolError:
             raise
@@ -71,8 +75,14 @@ def warm_up(
     return problem
 
 
-def _batch_sizes() -> tuple[int, ...]:
-    return CPU_ROWS if device_kind() == "cpu" else GPU_ROWS
+def _batch_sizes(*, is_quantized: bool) -> tuple[int, ...]:
+    match device_kind():
+        case "cpu":
+            return CPU_ROWS
+        case "cuda" if is_quantized:
+            return QUANTIZED_ROWS
+        case _:
+            return GPU_ROWS
 
 
 def _run(
@@ -82,7 +92,7 @@ def _run(
     processors: AbstractContextManager[None],
     check_wanted: Callable[[], None],
 ) -> None:
-    missing = dict.fromkeys(range(num_rows), NUM_TOKENS)
+    missing = {row: NUM_TOKENS[row // 2 % len(NUM_TOKENS)] for row in range(num_rows)}
     for row in range(num_rows):
         num_tokens = PROMPT_TOKENS[row % len(PROMPT_TOKENS)]
         prompt = [token % max(1, vocab_size) for token in range(num_tokens)]

@@ -109,6 +109,17 @@ def test_more_rows_on_a_gpu(folder: Path, steps: Steps, monkeypatch: pytest.Monk
     assert list(steps.rows.values()) == [2, 8, 1]
 
 
+def test_each_quantised_kernel_of_cuda(
+    tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 16, 32 and 64 rows: each takes half a minute to compile, better before than amid."""
+    monkeypatch.setattr(warm_up_module, "device_kind", lambda: "cuda")
+    folder = write_model(tmp_path / "quantized", quantized=True)
+    spec = ModelSpec("tiny", folder, layout=Layout.STORED)
+    make_loader().load(spec, lambda _: None, lambda: False)
+    assert list(steps.rows.values()) == [2, 8, 32, 64, 1]
+
+
 def test_it_can_be_turned_off(folder: Path, steps: Steps) -> None:
     """Nothing is run then, and nothing is reserved for it."""
     load(folder, warm_up=False)

@@ -37,7 +37,7 @@ class DeviceSampler:
         if not any(row.has_penalties for row in self._rows):
             self._context = None
         elif self._context is not None:
-            self._context = self._context[mx.array(list(indices), dtype=mx.int32)]
+            self._context = self._context[mx.array(list(indices), dtype=mx.uint32)]
 
     def sample(self, logits: mx.array) -> mx.array:
         """One token a row, shape (rows,), not evaluated; `logits` has (rows, vocabulary)."""
