@@ -28,10 +28,6 @@ from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 # How often freed buffers go back to the system: their sizes change as the batch grows.
 CLEAR_CACHE_STEPS = 512
-# A GPU's pass costs about the same for one short prompt as for several, and each decoding row
-# waits for it: so prompts wait for company, the longer the more rows decode.
-COMPANY = 8
-COMPANY_S_PER_ROW = 0.0003
 # Prompts that share so many of their first tokens wait for each other's prefix.
 SIBLING_TOKENS = 128
 
@@ -61,7 +57,6 @@ class MlxBatch:
         self._last_kind: object = None
         self._samples_on_host = device_kind() == "cpu"
         self._waiting: deque[Row] = deque()
-        self._waiting_since = 0.0
         # Prompts of which some chunks are done.
         self._begun: deque[Prefill] = deque()
         self._was_new_prefill = False
@@ -73,8 +68,6 @@ class MlxBatch:
         self._num_steps = 0
 
     def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        if not self._waiting:
-            self._waiting_since = time.monotonic()
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         self._waiting.append(Row(slot, tuple(prompt), sampled))
 
@@ -87,7 +80,7 @@ class MlxBatch:
         for decode in self._decodes:
             decode.remove(gone, self._prefixes)
         self._decodes = [decode for decode in self._decodes if decode.rows]
-        if not (self._waiting or self._begun or self._decodes):
+        if not (self._has_prompts or self._decodes):
             # No step will come behind which they could go.
             self._prefixes.begin_copies()
 
@@ -97,7 +90,7 @@ class MlxBatch:
         return output
 
     def _timed_step(self) -> StepOutput:
-        is_prefill = self._is_prefill_turn()
+        is_prefill = self._has_prompts
         if self._threads is None:
             return self._prefill() if is_prefill else self._decode()
         rows = sum(len(decode.rows) for decode in self._decodes)
@@ -138,18 +131,13 @@ class MlxBatch:
 
     # ------------------------------------------------------------ prompts
 
-    def _is_prefill_turn(self) -> bool:
-        return bool(self._waiting or self._begun) and not self._is_waiting_for_company()
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self._waiting or self._begun)
 
     def _can_streams_wait(self) -> bool:
         """Short prompts go in one after the other, for as long."""
         return time.monotonic() - self._decoded_at < self._pace.target_s(is_decoding=True)
-
-    def _is_waiting_for_company(self) -> bool:
-        if self._samples_on_host or self._begun or len(self._waiting) >= COMPANY:
-            return False
-        num_decoding = sum(len(decode.rows) for decode in self._decodes)
-        return time.monotonic() - self._waiting_since < COMPANY_S_PER_ROW * num_decoding
 
     def _prefill(self) -> StepOutput:
         started_at = time.monotonic()
@@ -159,7 +147,7 @@ class MlxBatch:
         num_tokens = min(max(1, limit // len(rows)), prefill.num_left)
         complete, logits, caches = prefill.step(self._model, num_tokens)
         tokens: list[tuple[int, int]] = []
-        if not (self._is_prefill_turn() and self._can_streams_wait()):
+        if not (self._has_prompts and self._can_streams_wait()):
             # Behind the pass: the device has work while its outcome is looked at.
             tokens = self._decode_tokens()
         if complete:

@@ -247,36 +247,3 @@ def test_a_model_that_cannot_be_batched_lets_rows_leave(tmp_path: Path, clock: C
     assert got[: len(expected)] == expected
     batch.remove([0])
     assert batch.kv_bytes() == 0
-
-
-def test_on_a_gpu_a_prompt_waits_for_company(
-    batch: MlxBatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While streams decode, two prompts that come within a few milliseconds take one pass."""
-    monkeypatch.setattr(batch, "_samples_on_host", False)
-    clock.tick_s = 0.0
-    batch.add(0, [1, 2], GREEDY)
-    assert batch.step().prefilled == ((0, 2),)
-    batch.add(1, [3, 4], GREEDY)
-    assert batch.step().prefilled == ()
-    batch.add(2, [5, 6], GREEDY)
-    clock.now += batch_module.COMPANY_S_PER_ROW
-    assert batch.step().prefilled == ((1, 2), (2, 2))
-
-
-def test_a_prompt_alone_does_not_wait_for_ever(
-    batch: MlxBatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor at all where nobody decodes, or on a CPU, where a pass costs what its tokens do."""
-    clock.tick_s = 0.0
-    batch.add(0, [1, 2], GREEDY)
-    batch.step()
-    batch.step()
-    batch.add(1, [3, 4], GREEDY)
-    assert batch.step().prefilled == ((1, 2),)
-    batch.step()
-    monkeypatch.setattr(batch, "_samples_on_host", False)
-    batch.add(2, [5, 6], GREEDY)
-    assert batch.step().prefilled == ()
-    clock.now += 3 * batch_module.COMPANY_S_PER_ROW
-    assert batch.step().prefilled == ((2, 2),)
