@@ -48,8 +48,9 @@ CALLS_STOP_S = 1.0
 POOL_CLOSE_S = 5.0
 # The exit code when the engine was stuck for engine_exit_s.
 EXIT_STUCK = os.EX_SOFTWARE
-# Python's own 5 ms are as long as a small model's step.
-SWITCH_INTERVAL_S = 0.5e-3
+# How soon the engine gets the interpreter back after it has waited for a CPU's step: Python's own
+# 5 ms are as long as a small model's. On a GPU they are better: see docs/performance.md.
+CPU_SWITCH_INTERVAL_S = 0.5e-3
 
 
 class App:
@@ -277,8 +278,6 @@ def run(settings: Settings, read_settings: Callable[[], Settings]) -> int:
 
     `read_settings` reads them anew, for SIGHUP. Raises: SettingsError, DemoModelError.
     """
-    # The engine gets the interpreter back sooner after it has waited for the device.
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     blas = load_openblas(settings.blas_library, settings.blas_threads)
     if blas is not None and blas.problem is not None:
         log.warning("blas.reference", problem=blas.problem)
@@ -336,7 +335,10 @@ async def _serve(
     from mlxpool_server.mlx_backend.loader import MlxLoader  # noqa: PLC0415 - see above
     from mlxpool_server.mlx_backend.memory import MlxMemory, device_kind  # noqa: PLC0415 - see above
 
-    processors = FairLock() if device_kind() == "cpu" else None
+    processors = None
+    if device_kind() == "cpu":
+        processors = FairLock()
+        sys.setswitchinterval(CPU_SWITCH_INTERVAL_S)
     memory = MlxMemory(processors)
     loader = MlxLoader(
         prefill_step_tokens=settings.prefill_step_tokens,
