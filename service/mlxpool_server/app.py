@@ -223,6 +223,8 @@ class App:
             is_serving=self._health.is_serving,
             step_age_s=self._engine.step_age_s,
             max_batch_size=self._settings.max_batch_size,
+            open_generations=self._generations.num_in_flight,
+            asyncio_tasks=len(asyncio.all_tasks()),
         )
 
     async def stop(self) -> bool:

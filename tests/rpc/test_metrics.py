@@ -77,6 +77,28 @@ async def test_the_pool_is_shown() -> None:
         release(files["m"].model, 100)
 
 
+async def test_what_a_leak_would_show() -> None:
+    """Open calls and the loop's tasks rise with a generation, and are back when it has ended."""
+    files = {"m": FakeFiles(model=FakeModel(is_stepped=True))}
+    async with running_server(files, metrics_listen=LISTEN) as server:
+        before = await scrape(server)
+        assert before("mlxpool_open_generations") == 0
+        reader = server.reader(text_request())
+        await reader.next()
+        during = await scrape(server)
+        assert during("mlxpool_open_generations") == 1
+        assert during("mlxpool_asyncio_tasks") > before("mlxpool_asyncio_tasks")
+        release(files["m"].model, 100)
+        await reader.rest()
+        await server.log_line("Generate")
+        async with asyncio.timeout(PATIENCE_S):
+            while (after := await scrape(server))("mlxpool_asyncio_tasks") > before(
+                "mlxpool_asyncio_tasks"
+            ):
+                pass
+        assert after("mlxpool_open_generations") == 0
+
+
 async def test_evictions_and_failed_loads() -> None:
     """Each is counted for the model that it happened to."""
     files = {

@@ -16,3 +16,7 @@ class Sample:
     # How long the engine has been at its step; 0 between two.
     step_age_s: float
     max_batch_size: int
+    # Generate calls that have not ended, those included whose reader is behind.
+    open_generations: int
+    # Of the event loop, the one included that answers the scrape.
+    asyncio_tasks: int

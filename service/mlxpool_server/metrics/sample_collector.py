@@ -96,6 +96,10 @@ class SampleCollector(Collector):
             "engine_step_age_seconds", "Time in the step that runs; 0 between.", sample.step_age_s
         )
         yield _gauge("max_batch_size", "Sequences decoded together.", sample.max_batch_size)
+        yield _gauge(
+            "open_generations", "Generate calls that have not ended.", sample.open_generations
+        )
+        yield _gauge("asyncio_tasks", "Tasks of the event loop.", sample.asyncio_tasks)
 
     def _whole(self) -> Iterator[Metric]:
         pool, memory = self._sample.pool, self._sample.memory
