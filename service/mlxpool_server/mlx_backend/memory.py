@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -18,6 +19,9 @@ CGROUP_LIMIT_FILES = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+
+# glibc's: other C libraries have none.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class MlxMemory:
@@ -92,6 +96,9 @@ class MlxMemory:
         gc.collect()
         with self._processors:
             mx.clear_cache()
+        # On a CPU, MLX's buffers are malloc's, which keeps much of what is freed between others.
+        if _malloc_trim is not None:
+            _malloc_trim(0)
 
     def reset_peak(self) -> None:
         mx.reset_peak_memory()

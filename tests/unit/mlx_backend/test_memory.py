@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +105,27 @@ def test_container_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert system_memory_bytes() >= machine
     limit.write_text("1048576\n")
     assert system_memory_bytes() == 1048576
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's alone")
+def test_clearing_gives_memory_back_to_the_system(memory: MlxMemory) -> None:
+    """What malloc keeps between blocks that are in use, too."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    # Too small to be mapped one by one; the last of them holds the end of the heap.
+    blocks = [libc.malloc(64 * 1024) for _ in range(1024)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 * 1024)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = resident_bytes()
+    memory.clear_cache()
+    after = resident_bytes()
+    libc.free(blocks[-1])
+    assert before - after > 32 * MIB
+
+
+def resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
