@@ -60,6 +60,16 @@ async def test_reflection_resolves(server: Server, symbol: str) -> None:
     )
 
 
+async def test_reflection_finds_methods(server: Server) -> None:
+    """As ghz asks for them; what is not there is not found."""
+    for name, is_there in (("Generate", True), ("Nothing", False)):
+        symbol = f"mlxpool.v1.ModelService.{name}"
+        request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+        answer = await reflect(server, request)
+        assert answer.HasField("file_descriptor_response") is is_there
+        assert answer.HasField("error_response") is not is_there
+
+
 async def test_channelz_counts_our_calls(server: Server) -> None:
     """It is on, and sees this server."""
     stub = channelz_pb2_grpc.ChannelzStub(server.channel)

@@ -22,6 +22,7 @@ from mlxpool.v1 import (
 )
 from mlxpool_server.errors import AddressUnavailableError
 from mlxpool_server.rpc.access.gate import Gate
+from mlxpool_server.rpc.descriptors import ReflectedDescriptors
 from mlxpool_server.rpc.health import Health
 from mlxpool_server.rpc.interceptors.errors import errors_to_status
 from mlxpool_server.rpc.interceptors.logging import logged
@@ -57,7 +58,7 @@ def build_server(
     memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(memory_service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     channelz.add_channelz_servicer(server)
-    reflection.enable_server_reflection(_reflected_services(), server)
+    reflection.enable_server_reflection(_reflected_services(), server, ReflectedDescriptors())
     return server
 
 
