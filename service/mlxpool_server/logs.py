@@ -25,6 +25,10 @@ _LEVELS = {
 _OWN_LOGGER = "mlxpool_server"
 # When imported they hang a handler of their own on their logger.
 _SELF_CONFIGURING = ("huggingface_hub", "transformers")
+# A traceback from here says that a caller was gone when its next message was sent, which the line
+# of its call says, too.
+_GRPC_LOGGER = "grpc._cython.cygrpc"
+_GRPC_CALLER_GONE = "ExecuteBatchError"
 
 
 def configure_logging(
@@ -76,7 +80,15 @@ def _route_stdlib(
         logger.handlers.clear()
         logger.propagate = True
         logger.__class__ = _RoutedLogger
+    grpc_logger = logging.getLogger(_GRPC_LOGGER)
+    if _is_news not in grpc_logger.filters:
+        grpc_logger.addFilter(_is_news)
     logging.captureWarnings(capture=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != _GRPC_CALLER_GONE
 
 
 class _RoutedLogger(logging.Logger):

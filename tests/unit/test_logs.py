@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import structlog
+from grpc._cython import cygrpc
 
 from mlxpool_server.logs import configure_logging
 
@@ -244,3 +245,14 @@ def test_a_closed_stream_does_not_fail_the_caller(
     configure_logging("json", "info", stream)
     stream.close()
     structlog.get_logger().info("lost")
+
+
+def test_grpc_on_callers_that_are_gone_is_not_logged(stream: io.StringIO) -> None:
+    """No traceback for each client that hangs up; what else goes wrong in there is heard."""
+    configure_logging("json", "debug", stream)
+    for error in (cygrpc.ExecuteBatchError("gone"), ValueError("torn")):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("grpc._cython.cygrpc").exception("raised in a servicer")
+    assert "torn" in str(_only_line(stream))
