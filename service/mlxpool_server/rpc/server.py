@@ -32,6 +32,9 @@ from mlxpool_server.rpc.model_service import ModelService
 from mlxpool_server.rpc.observer import CallObserver
 
 CONNECT_TIMEOUT_S = 1.0
+# A client is asked whether it is there after so long without a word, and has so long to answer.
+SILENCE_S = 30.0
+ANSWER_S = 10.0
 
 # Reflection resolves the details in our statuses only when this file is registered.
 _DETAILS = error_details_pb2.DESCRIPTOR
@@ -107,9 +110,12 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
         # Clients may ping through a long silence; by default that costs them the connection.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Clients that vanished without closing are noticed, and their slots freed.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # Clients that vanished without closing are noticed, and their slots freed; so are those
+        # that never said hello.
+        ("grpc.keepalive_time_ms", int(1e3 * SILENCE_S)),
+        ("grpc.keepalive_timeout_ms", int(1e3 * ANSWER_S)),
+        # Without it a ping may go unanswered for a minute, whatever keepalive_timeout_ms says.
+        ("grpc.http2.ping_timeout_ms", int(1e3 * ANSWER_S)),
         ("grpc.enable_channelz", 1),
     ]
 
