@@ -281,3 +281,11 @@ async def test_two_addresses(tmp_path: Path) -> None:
             async with aio.insecure_channel(address) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
                 assert (await stub.Check(health_pb2.HealthCheckRequest())).status == SERVING
+
+
+async def test_a_clean_stop_warns_of_nothing(server: Server) -> None:
+    """Nor when a model is loaded: that its engine has stopped first is the order of things."""
+    await server.generate(text_request())
+    server.app.request_stop()
+    assert await exit_code(server) == 0
+    assert not [each for each in server.logs.entries if each["log_level"] != "info"]

@@ -8,7 +8,7 @@ import structlog
 
 from mlxpool_server.domain import ModelState
 from mlxpool_server.engine.engine import Engine
-from mlxpool_server.errors import MlxpoolError, ModelUnloadedError
+from mlxpool_server.errors import DrainingError, MlxpoolError, ModelUnloadedError
 from mlxpool_server.pool.backend import DeviceMemory
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.ledger import Ledger
@@ -82,7 +82,9 @@ class Unloads:
         try:
             await self._engine.detach(name, residency.error or ModelUnloadedError(name))
         except MlxpoolError:
-            log.warning("model.not_detached", model=name, reason="the engine does not run")
+            # When the server stops, its engine has stopped before.
+            if not isinstance(residency.error, DrainingError):
+                log.warning("model.not_detached", model=name, reason="the engine does not run")
         residency.model = None
         await self.free(entry, residency)
         log.info("model.unloaded", model=name)
