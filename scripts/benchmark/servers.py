@@ -70,8 +70,8 @@ def _mlxpool(settings: Settings) -> Iterator[Endpoint]:
     for name, folder in settings.models.items():
         command += ["--model", f"{name}={folder}"]
     command += settings.mlxpool_flags
-    with _process("mlxpool", command, os.environ, settings.logs) as (process, log):
-        address = _wait_for(process, log, lambda: _listening_address(log))
+    with started("mlxpool", command, os.environ, settings.logs) as (process, log):
+        address = wait_for(process, log, lambda: listening_address(log))
         yield Endpoint(
             "mlxpool", address, process.pid, settings.models, MLXPOOL_PREFILL_STEP_TOKENS
         )
@@ -83,8 +83,8 @@ def _mlx_lm(settings: Settings) -> Iterator[Endpoint]:
     command = [sys.executable, "-m", "mlx_lm", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--model", settings.models["a"], "--log-level", "ERROR"]
     command += ["--decode-concurrency", str(MAX_BATCH_SIZE)]
-    with _process("mlx_lm", command, peer_environment(), settings.logs) as (process, log):
-        _wait_for(process, log, lambda: _accepts(port))
+    with started("mlx_lm", command, peer_environment(), settings.logs) as (process, log):
+        wait_for(process, log, lambda: _accepts(port))
         yield _peer("mlx_lm", port, process.pid, settings)
 
 
@@ -96,8 +96,8 @@ def _smg(settings: Settings) -> Iterator[Endpoint]:
     command = [str(settings.smg_python), "-m", "smg_grpc_servicer.mlx.server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--model", settings.models["a"]]
     command += ["--completion-batch-size", str(MAX_BATCH_SIZE)]
-    with _process("smg", command, peer_environment(), settings.logs) as (process, log):
-        _wait_for(process, log, lambda: _accepts(port))
+    with started("smg", command, peer_environment(), settings.logs) as (process, log):
+        wait_for(process, log, lambda: _accepts(port))
         yield _peer("smg", port, process.pid, settings)
 
 
@@ -180,7 +180,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _process(
+def started(
     name: str, command: list[str], environment: dict[str, str] | os._Environ[str], logs: Path
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     logs.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait(STOP_TIMEOUT_S)
 
 
-def _wait_for(
+def wait_for(
     process: subprocess.Popen[bytes], log: Path, find: Callable[[], Found | None]
 ) -> Found:
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -222,7 +222,7 @@ def _wait_for(
     raise TargetError(f"{log.stem} {state}; its log ends with:\n{tail}")
 
 
-def _listening_address(log: Path) -> str | None:
+def listening_address(log: Path) -> str | None:
     for line in log.read_text(errors="replace").splitlines():
         if '"server.listening"' in line:
             return str(json.loads(line)["addresses"][0])
