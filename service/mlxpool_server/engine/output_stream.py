@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from mlxpool_server.domain import (
     GenerationDelta,
@@ -46,10 +46,6 @@ class OutputStream:
     def has_ended(self) -> bool:
         return self._end is not None
 
-    @property
-    def _has_something(self) -> bool:
-        return bool(self._progress or self._text or self._token_ids or self._end)
-
     def put(self, item: StreamItem) -> None:
         """Buffer one item. What comes after the end is dropped."""
         if self._end is not None:
@@ -63,10 +59,12 @@ class OutputStream:
                 self._token_ids.extend(item.token_ids)
                 self._completion_tokens = item.completion_tokens
                 self._latest = GenerationProgress(GenerationPhase.DECODING)
+                self._pacer.join(self)
                 self._pacer.tell(self, self._told_at, self._wake.set)
                 return
             case GenerationFinished() | MlxpoolError():
                 self._end = item
+                self._pacer.leave(self)
                 self._on_end()
         self._wake.set()
 
@@ -75,28 +73,45 @@ class OutputStream:
 
         Raises: the error that ended the generation.
         """
-        loop = asyncio.get_running_loop()
-        with self._pacer.reading(self), SilenceAlarm(heartbeat_s, self._wake.set) as alarm:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                if alarm.is_due and not self._has_something:
-                    yield self._latest
-                if self._progress is not None:
-                    progress, self._progress = self._progress, None
-                    yield progress
-                if self._text or self._token_ids:
-                    self._told_at = loop.time()
-                    yield self._take_delta()
-                # What came while a reader was slow is drained before the end is told.
-                if self._end is not None and not (self._text or self._token_ids):
+        try:
+            with SilenceAlarm(heartbeat_s, self._wake.set) as alarm:
+                while True:
+                    await self._wake.wait()
+                    self._wake.clear()
+                    for event in self._take(is_silent=alarm.is_due):
+                        yield event
+                        alarm.reset()
+                    if self._end is None:
+                        continue
+                    if self._has_something:
+                        # It came while the reader was busy: it is drained before the end is told.
+                        self._wake.set()
+                        continue
                     if isinstance(self._end, MlxpoolError):
                         raise self._end
                     yield self._end
                     return
-                alarm.reset()
+        finally:
+            self._pacer.leave(self)
+
+    @property
+    def _has_something(self) -> bool:
+        """Apart from the end, which comes after it."""
+        return bool(self._progress or self._text or self._token_ids)
+
+    def _take(self, *, is_silent: bool) -> Iterator[GenerationProgress | GenerationDelta]:
+        """What there is; more may come while the reader is busy with one of them."""
+        if is_silent and not self._has_something and self._end is None:
+            yield self._latest
+        if self._progress is not None:
+            progress, self._progress = self._progress, None
+            yield progress
+        if self._text or self._token_ids:
+            yield self._take_delta()
 
     def _take_delta(self) -> GenerationDelta:
+        self._told_at = asyncio.get_running_loop().time()
+        self._pacer.told(self)
         delta = GenerationDelta(
             "".join(self._text), self._completion_tokens, tuple(self._token_ids)
         )

@@ -128,7 +128,7 @@ class Generations:
     def set_limits(self, limits: GenerationLimits) -> None:
         """For requests from now on."""
         self._limits = limits
-        self._pacer.max_deltas_per_s = limits.max_deltas_per_s
+        self._pacer.set_limit(limits.max_deltas_per_s)
 
     @property
     def num_in_flight(self) -> int:

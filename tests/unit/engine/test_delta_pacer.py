@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 
 import pytest
 
@@ -12,6 +12,8 @@ from mlxpool_server.domain import (
     FinishReason,
     GenerationDelta,
     GenerationFinished,
+    GenerationPhase,
+    GenerationProgress,
     GenerationTimings,
     TokenUsage,
 )
@@ -53,27 +55,57 @@ async def test_what_is_held_comes_when_its_turn_comes() -> None:
         assert await anext(events) == GenerationDelta("bc", 3)
 
 
-@pytest.mark.parametrize("num_readers", [1, 4])
-async def test_the_interval_grows_with_the_readers(num_readers: int) -> None:
-    """N streams wait N times as long: together they get what one would get alone."""
+async def test_the_interval_grows_with_those_who_generate() -> None:
+    """N streams wait N times as long; one that only waits for its turn slows nobody."""
     pacer = DeltaPacer(1000.0)
-    with ExitStack() as stack:
-        for key in range(num_readers):
-            stack.enter_context(pacer.reading(key))
-        assert pacer.interval_s == num_readers / 1000
+    streams = [OutputStream(pacer=pacer) for _ in range(4)]
+    waiting = OutputStream(pacer=pacer)
+    waiting.put(GenerationProgress(GenerationPhase.QUEUED))
+    for number, stream in enumerate(streams, start=1):
+        stream.put(GenerationDelta("a", 1))
+        assert pacer.interval_s == number / 1000
+    for stream in streams:
+        stream.put(FINISHED)
     assert pacer.interval_s == 0
 
 
-async def test_a_reader_who_left_is_not_woken() -> None:
-    """What was held for a stream goes with its reader; the others' turns still come."""
-    pacer = DeltaPacer(100.0)
-    woken: list[str] = []
-    now = asyncio.get_running_loop().time()
-    with pacer.reading("stays"):
-        with pacer.reading("leaves"):
-            pacer.tell("leaves", now, lambda: woken.append("leaves"))
-            done = asyncio.Event()
-            pacer.tell("stays", now, lambda: (woken.append("stays"), done.set()))
-        async with asyncio.timeout(PATIENCE_S):
-            await done.wait()
-    assert woken == ["stays"]
+async def test_a_reader_who_leaves_is_not_counted() -> None:
+    """A stream that is closed half way makes room for the others."""
+    pacer = DeltaPacer(NEVER)
+    stream = OutputStream(pacer=pacer)
+    stream.put(GenerationDelta("a", 1))
+    async with aclosing(stream.events(PATIENCE_S)) as events:
+        await anext(events)
+        assert pacer.interval_s > 0
+    assert pacer.interval_s == 0
+
+
+@pytest.mark.parametrize("change", ["leave", "set_limit"])
+async def test_a_shorter_interval_holds_for_what_is_held(change: str) -> None:
+    """When others end, or the limit rises, nobody goes on waiting for the turn it had before."""
+    pacer = DeltaPacer(NEVER)
+    woken = asyncio.Event()
+    for key in ("stays", "leaves"):
+        pacer.join(key)
+    pacer.tell("stays", asyncio.get_running_loop().time(), woken.set)
+    assert not woken.is_set()
+    if change == "leave":
+        pacer.set_limit(1.0)
+        pacer.leave("leaves")
+    pacer.set_limit(1000.0)
+    async with asyncio.timeout(PATIENCE_S):
+        await woken.wait()
+
+
+async def test_text_that_was_drained_wakes_nobody_later() -> None:
+    """What a progress took along is not waited for again."""
+    stream = OutputStream(pacer=(pacer := DeltaPacer(NEVER)))
+    async with aclosing(stream.events(PATIENCE_S)) as events:
+        stream.put(GenerationDelta("a", 1))
+        await anext(events)
+        stream.put(GenerationDelta("b", 2))
+        assert pacer._held
+        stream.put(GenerationProgress(GenerationPhase.DECODING))
+        await anext(events)
+        assert await anext(events) == GenerationDelta("b", 2)
+        assert not pacer._held
