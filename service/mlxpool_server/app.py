@@ -95,7 +95,7 @@ class App:
             observer=self._telemetry.instruments,
             changed=models_changed,
         )
-        self._prompts = PromptReader(loader, self._pool.is_loaded)
+        self._prompts = PromptReader(loader, self._pool.load_number)
         self._generations = Generations(
             self._pool, self._engine, self._prompts, _generation_limits(settings)
         )
@@ -242,11 +242,12 @@ class App:
         error = DrainingError(retry_after_s=1.0)
         is_engine_stopped = await self._engine.stop(error, ENGINE_STOP_S)
         self._memory_service.close()
-        self._prompts.close()
         # Together: the server takes no new calls, and those that watch a load learn how it ended.
         _, is_pool_closed = await asyncio.gather(
             self._server.stop(CALLS_STOP_S), self._close_pool(error)
         )
+        # After the calls that may still ask for one.
+        self._prompts.close()
         await self._telemetry.stop()
         log.info(
             "server.stopped",

@@ -157,7 +157,7 @@ class House:
                 prefill_tokens=1000,
                 prompt_cache_share=options.pop("prompt_cache_share", 0.0),
             )
-        self.prompts = PromptReader(loader, self.pool.is_loaded)
+        self.prompts = PromptReader(loader, self.pool.load_number)
         limits = {
             "max_in_flight": 100,
             "default_max_tokens": None,

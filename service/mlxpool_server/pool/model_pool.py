@@ -124,9 +124,10 @@ class ModelPool:
         # The state says so only once its memory is free.
         return not (await self.get_model(name)).error_message
 
-    def is_loaded(self, name: str) -> bool:
-        """Whether it is in memory, by the catalogue's name."""
-        return name in self._entries and self._entries[name].is_ready
+    def load_number(self, name: str) -> int | None:
+        """Which of the model's loads is in memory, by the catalogue's name; None: none is."""
+        is_ready = name in self._entries and self._entries[name].is_ready
+        return self.activity.of(name).loads if is_ready else None
 
     def use(self) -> PoolUse:
         """What is held and done at this moment; waits for nobody."""

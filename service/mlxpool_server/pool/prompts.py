@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,6 +37,25 @@ LIMIT_S = 30.0
 RETRY_AFTER_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """One model's. Whoever has a place in `free` finds a thread of the executor idle."""
+
+    executor: ThreadPoolExecutor
+    free: asyncio.Semaphore
+
+
+def _release(free: asyncio.Semaphore) -> Callable[[object], None]:
+    loop = asyncio.get_running_loop()
+
+    def release(_: object) -> None:
+        # A closed loop has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(free.release)
+
+    return release
+
+
 class PromptReader:
     """Event loop only; each model's template and tokenizer run on threads of its own.
 
@@ -44,13 +65,13 @@ class PromptReader:
     def __init__(
         self,
         loader: ModelLoader,
-        is_loaded: Callable[[str], bool] = lambda _: False,
+        load_number: Callable[[str], int | None] = lambda _: None,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """`is_loaded`: as Tokenizers takes it; `limit_s` for each prompt, with its wait."""
-        self._tokenizers = Tokenizers(loader, is_loaded)
+        """`load_number`: as Tokenizers takes it; `limit_s` for each prompt, with its wait."""
+        self._tokenizers = Tokenizers(loader, load_number)
         self._limit_s = limit_s
-        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._threads: dict[str, _Threads] = {}
         # Calls that nobody waits for any more.
         self._left: list[Future[Any]] = []
 
@@ -62,14 +83,14 @@ class PromptReader:
     def close(self) -> None:
         """Wait for nobody: a template may still take its time."""
         for threads in self._threads.values():
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.executor.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, name: str) -> None:
         """Read the model's tokenizer anew when it is needed next."""
         self._tokenizers.forget(name)
         # Those that are stuck in the old one are not the new one's.
         if (threads := self._threads.pop(name, None)) is not None:
-            threads.shutdown(wait=False)
+            threads.executor.shutdown(wait=False)
 
     async def tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
@@ -102,21 +123,26 @@ class PromptReader:
     async def _on_thread(self, spec: ModelSpec, call: Callable[[], T]) -> T:
         threads = self._threads.get(spec.name)
         if threads is None:
-            name = f"prompts {spec.name}"
-            threads = self._threads[spec.name] = ThreadPoolExecutor(MAX_THREADS, name)
-        running = threads.submit(call)
+            executor = ThreadPoolExecutor(MAX_THREADS, f"prompts {spec.name}")
+            threads = _Threads(executor, asyncio.Semaphore(MAX_THREADS))
+            self._threads[spec.name] = threads
+        running: Future[T] | None = None
         try:
             async with asyncio.timeout(self._limit_s) as timeout:
+                # An executor's own queue would keep the prompts of those who gave up.
+                await threads.free.acquire()
+                running = threads.executor.submit(call)
+                running.add_done_callback(_release(threads.free))
                 return await asyncio.wrap_future(running)
         except TimeoutError:
             if not timeout.expired():
                 raise
-            if running.cancel():
+            if running is None:
                 raise QueueTimeoutError(self._limit_s, RETRY_AFTER_S) from None
             problem = f"takes longer than {self._limit_s:g} s to render and tokenise"
             raise InvalidFieldError("prompt", problem) from None
         finally:
-            if not running.done():
+            if running is not None and not running.done():
                 self._left = [each for each in (*self._left, running) if not each.done()]
 
 

@@ -12,20 +12,29 @@ from mlxpool_server.pool.backend import ModelLoader, Tokenizer
 class Tokenizers:
     """Event loop only. A failed read is not kept: the next caller tries again."""
 
-    def __init__(self, loader: ModelLoader, is_loaded: Callable[[str], bool]) -> None:
-        """`is_loaded`: whether the model is in memory, and with it the files as they were."""
+    def __init__(self, loader: ModelLoader, load_number: Callable[[str], int | None]) -> None:
+        """`load_number`: which of a model's loads is in memory, with the files as they were then.
+
+        None when it is not in memory.
+        """
         self._loader = loader
-        self._is_loaded = is_loaded
+        self._load_number = load_number
+        # The loads that a tokenizer was compared with.
+        self._checked: dict[str, int] = {}
         # With the files' stamp from before they were read.
         self._reads: dict[str, asyncio.Task[tuple[object, Tokenizer]]] = {}
 
     async def get(self, spec: ModelSpec) -> Tokenizer:
-        """Read it anew when its files have changed since, unless the model is in memory.
+        """Read it anew when its files have changed since, once for each load of the model.
 
         Raises: LoadFailedError, the same for everyone who waits for this read.
         """
         read = self._reads.get(spec.name)
-        if read is not None and read.done() and not self._is_loaded(spec.name):
+        load = self._load_number(spec.name)
+        is_checked = load is not None and self._checked.get(spec.name) == load
+        if load is not None:
+            self._checked[spec.name] = load
+        if read is not None and read.done() and not is_checked:
             stamp, _ = read.result()
             now = await asyncio.to_thread(self._loader.tokenizer_stamp, spec)
             # Somebody else may have seen it meanwhile.

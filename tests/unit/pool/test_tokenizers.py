@@ -30,7 +30,7 @@ def files() -> FakeFiles:
 
 @pytest.fixture
 def tokenizers(files: FakeFiles) -> Tokenizers:
-    return Tokenizers(FakeLoader({"m": files}), lambda _: False)
+    return Tokenizers(FakeLoader({"m": files}), lambda _: None)
 
 
 @pytest.fixture
@@ -112,16 +112,25 @@ async def test_pieces_only_when_asked_for(files: FakeFiles, prompts: PromptReade
 
 
 async def test_changed_files_are_read_anew(files: FakeFiles) -> None:
-    """But not while the model is in memory: its weights are those of the old files."""
-    loaded: set[str] = set()
-    tokenizers = Tokenizers(FakeLoader({"m": files}), loaded.__contains__)
+    """But not while the model is in memory: its weights are those of the files as they were."""
+    load: int | None = 1
+    tokenizers = Tokenizers(FakeLoader({"m": files}), lambda _: load)
     old, files.tokenizer, files.stamp = await tokenizers.get(SPEC), FakeTokenizer(), 1
-    loaded.add("m")
     assert await tokenizers.get(SPEC) is old
-    loaded.clear()
+    load = None
     both = await asyncio.gather(tokenizers.get(SPEC), tokenizers.get(SPEC))
     assert {id(each) for each in both} == {id(files.tokenizer)}
     assert files.num_tokenizer_reads == 2
+
+
+@pytest.mark.parametrize("before", [None, 1])
+async def test_a_load_has_its_own_files_tokenizer(files: FakeFiles, before: int | None) -> None:
+    """One that was read before the load is compared with the files once more."""
+    load = before
+    tokenizers = Tokenizers(FakeLoader({"m": files}), lambda _: load)
+    old, files.tokenizer, files.stamp = await tokenizers.get(SPEC), FakeTokenizer(), 1
+    load = 2
+    assert await tokenizers.get(SPEC) is files.tokenizer is not old
 
 
 # ---------------------------------------------------------------- slow ones
@@ -141,6 +150,8 @@ async def test_a_slow_tokenizer_costs_only_its_own_prompts() -> None:
     assert kinds.count(QueueTimeoutError) == 2
     assert not prompts.is_idle
     assert (await prompts.read(specs["quick"], TextPrompt("abc"))).text == "abc"
+    # What they asked for went with them.
+    assert prompts._threads["slow"].executor._work_queue.empty()
     prompts.forget("slow")
     slow.tokenizer.may_encode.set()
     assert (await prompts.read(specs["slow"], TextPrompt("abc"))).text == "abc"
