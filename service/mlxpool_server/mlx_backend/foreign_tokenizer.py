@@ -34,13 +34,25 @@ def panics_as_errors() -> Iterator[None]:
 def check_growth(tokenizer: Any) -> None:
     """Look at what replaces parts of a text: ten rules that make 16 of 1 fill any memory.
 
-    Raises: TokenizerError.
+    A decoder may not have a regular expression: tokens become text on the engine's thread, where
+    a slow one would hold up every model. Raises: TokenizerError.
     """
+    if tokenizer.decoder is not None and _has_regex(json.loads(tokenizer.decoder.__getstate__())):
+        raise TokenizerError("its decoder uses a regular expression")
     for step in (tokenizer.normalizer, tokenizer.decoder):
         if step is not None and (growth := _growth(json.loads(step.__getstate__()))) > MAX_GROWTH:
             raise TokenizerError(
                 f"it may make {growth:g} characters of one; at most {MAX_GROWTH} are allowed"
             )
+
+
+def _has_regex(rule: Mapping[str, Any]) -> bool:
+    match rule:
+        case {"type": "Sequence", "decoders": parts}:
+            return any(map(_has_regex, parts))
+        case {"pattern": {"Regex": _}}:
+            return True
+    return False
 
 
 def _growth(rule: Mapping[str, Any]) -> float:

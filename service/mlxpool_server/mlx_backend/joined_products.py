@@ -29,6 +29,9 @@ def join_products(model: nn.Module, processors: AbstractContextManager[None]) ->
     What they hold takes no more memory than before. `processors` is held for each group.
     """
     for module in list(model.modules()):
+        if getattr(module, "is_kv_shared_layer", False):
+            # It asks for queries only: the other parts would be computed, and kept, for nobody.
+            continue
         for names in GROUPS:
             layers = [module.get(name) for name in names]
             if _are_alike(layers):

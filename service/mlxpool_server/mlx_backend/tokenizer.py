@@ -192,14 +192,17 @@ class SlowDecoder:
         self._special_ids = special_ids
 
     def push(self, token_id: int) -> str:
+        """Raises: TokenizerError, among others: this is a stranger's file."""
         if token_id in self._special_ids:
             return ""
-        self._detokenizer.add_token(token_id)
-        return str(self._detokenizer.last_segment)
+        with panics_as_errors():
+            self._detokenizer.add_token(token_id)
+            return str(self._detokenizer.last_segment)
 
     def finish(self) -> str:
-        self._detokenizer.finalize()
-        return str(self._detokenizer.last_segment)
+        with panics_as_errors():
+            self._detokenizer.finalize()
+            return str(self._detokenizer.last_segment)
 
 
 @cache

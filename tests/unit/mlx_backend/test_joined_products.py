@@ -86,6 +86,14 @@ def test_alike_layers_take_one_product(
     assert products_of(monkeypatch, module, mx.zeros((3, 1, 64))) == expected
 
 
+def test_a_layer_that_asks_for_queries_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n's layers that share keys and values have weights for them all the same."""
+    module = Attention()
+    module.is_kv_shared_layer = True
+    join_products(module, nullcontext())
+    assert products_of(monkeypatch, module, mx.zeros((3, 1, 64))) == 3
+
+
 def test_another_array_gets_its_own_product() -> None:
     """What was computed for one array is never given to another one."""
     module = Attention()

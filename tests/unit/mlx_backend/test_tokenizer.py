@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,35 @@ def test_a_text_that_would_grow_without_end(tmp_path: Path, part: str) -> None:
     folder = edited(tmp_path, **{part.removesuffix("s"): bomb})
     with pytest.raises(TokenizerError, match=r"1\.67772e\+07 characters of one"):
         MlxTokenizer.read(folder, 0, None)
+
+
+def test_a_decoder_with_a_regular_expression(tmp_path: Path) -> None:
+    """It would run on the engine's thread, where a slow one holds up every model."""
+    rule = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    folder = edited(tmp_path, decoder={"type": "Sequence", "decoders": [rule]})
+    with pytest.raises(TokenizerError, match="regular expression"):
+        MlxTokenizer.read(folder, 0, None)
+
+
+def test_a_panic_while_decoding_is_an_error() -> None:
+    """What is no Exception would end the engine's thread, and with it every model's streams."""
+
+    class PanicException(BaseException):
+        """As the Rust library's, which cannot be imported."""
+
+    class Panics:
+        last_segment = ""
+
+        def add_token(self, token_id: int) -> None:
+            raise PanicException
+
+        finalize = partial(add_token, None, 0)
+
+    decoder = SlowDecoder(Panics(), frozenset())
+    with pytest.raises(TokenizerError):
+        decoder.push(1)
+    with pytest.raises(TokenizerError):
+        decoder.finish()
 
 
 def test_no_token_is_longer(tokenizer: MlxTokenizer) -> None:
