@@ -54,8 +54,8 @@ def _tally(report: dict[str, Any], total: int) -> Tally:
     finished = codes.pop("OK", 0)
     return Tally(
         calls=report["count"],
-        admitted=total,
+        admitted=finished,
         finished=finished,
-        failed=codes,
+        refused=codes,
         lost=total - finished - codes.total(),
     )

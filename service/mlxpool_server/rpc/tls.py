@@ -97,6 +97,9 @@ class Certificates:
 def _read(files: TlsFiles) -> _Pair:
     """Raises: SettingsError. gRPC itself would take any bytes, and fail every handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # A resumed session would not be held against a new tls_client_ca.
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
     certificate, key = _bytes("tls_certificate", files.certificate), _bytes("tls_key", files.key)
     try:
         context.load_cert_chain(files.certificate, files.key, password=_no_password)
