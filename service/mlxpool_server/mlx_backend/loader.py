@@ -64,6 +64,7 @@ from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
 from mlxpool_server.mlx_backend.weights import all_arrays, embedding_rows, evaluated
+from mlxpool_server.watched_file import FileState, file_state
 
 log = structlog.get_logger(__name__)
 
@@ -318,15 +319,6 @@ def _local_folder(spec: ModelSpec, patterns: tuple[str, ...] = MODEL_FILES) -> P
     return cached_folder(spec.source, patterns)
 
 
-def _stamps(folder: Path, patterns: tuple[str, ...]) -> dict[str, tuple[int, int, int] | None]:
+def _stamps(folder: Path, patterns: tuple[str, ...]) -> dict[str, FileState]:
     """Differ once a file was written to or replaced: old and new mixed are no model."""
-    return {file.name: _stamp(file) for pattern in patterns for file in folder.glob(pattern)}
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = file.stat()
-    except OSError:
-        # It went away since it was found.
-        return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return {file.name: file_state(file) for pattern in patterns for file in folder.glob(pattern)}

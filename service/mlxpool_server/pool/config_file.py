@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
+
+from mlxpool_server.regular_file import opened_regular
 
 # With a setting for each layer they have 1 MB.
 MAX_CONFIG_BYTES = 32 * 1024 * 1024
@@ -25,12 +25,11 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
     Raises: ConfigFileError; FileNotFoundError and other kinds of OSError.
     """
-    # Not to wait for whoever writes to a pipe.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigFileError("is no regular file")
-        raw = opened.read(MAX_CONFIG_BYTES + 1)
+    try:
+        with opened_regular(file) as opened:
+            raw = opened.read(MAX_CONFIG_BYTES + 1)
+    except ValueError as error:
+        raise ConfigFileError(str(error)) from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigFileError(f"has more than {MAX_CONFIG_BYTES} bytes")
     try:

@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from mlxpool_server.errors import SettingsError
-from mlxpool_server.rpc.watched_file import state_of
+from mlxpool_server.watched_file import state_of
 
 log = structlog.get_logger(__name__)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import structlog
 
 from mlxpool_server.errors import ApiKeyInvalidError, SettingsError
+from mlxpool_server.regular_file import opened_regular
 from mlxpool_server.rpc.access.roles import Role
-from mlxpool_server.rpc.watched_file import state_of
+from mlxpool_server.watched_file import state_of
 
 log = structlog.get_logger(__name__)
 
@@ -120,13 +121,8 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
 
 def _read(file: Path) -> bytes:
     """Raises: OSError; ValueError for a file that may not be used."""
-    # Not to wait, on the event loop, for whoever writes to a pipe.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as opened:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise ValueError("is no regular file")
-        if mode & stat.S_IWOTH:
+    with opened_regular(file) as opened:
+        if os.fstat(opened.fileno()).st_mode & stat.S_IWOTH:
             raise ValueError("everyone on this machine may write to it; chmod o-w")
         raw = opened.read(MAX_FILE_BYTES + 1)
     if len(raw) > MAX_FILE_BYTES:

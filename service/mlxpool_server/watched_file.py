@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-# Of each file; None where it is not there. A link that is swapped changes it, too.
-State = tuple[tuple[int, int, int] | None, ...]
+# None where the file is not there. A link that is swapped changes it, too.
+FileState = tuple[int, int, int] | None
+State = tuple[FileState, ...]
 
 
 def state_of(files: Sequence[Path]) -> State:
-    return tuple(map(_state, files))
+    return tuple(map(file_state, files))
 
 
-def _state(file: Path) -> tuple[int, int, int] | None:
+def file_state(file: Path) -> FileState:
     try:
         stat = file.stat()
     except OSError:
