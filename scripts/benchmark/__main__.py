@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from benchmark.clients import TARGETS
 from benchmark.loads import DEFAULT_LOADS, HELP, QUICK_LOADS, Load, parse_loads
 from benchmark.machine import describe_machine
+from benchmark.make_model import make_model
 from benchmark.plot import draw
 from benchmark.report import render
 from benchmark.servers import TargetError
@@ -75,17 +75,6 @@ def _loads(names: str) -> list[Load]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _make_model(name: str) -> Path:
-    """In a process of its own: this one must not import mlx, or it would hold device memory."""
-    command = [sys.executable, "-m", "benchmark.models", name]
-    made = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, timeout=MODEL_TIMEOUT_S, check=False
-    )
-    if made.returncode != 0:
-        raise TargetError(f"the model {name} cannot be made")
-    return Path(made.stdout.splitlines()[-1])
-
-
 def _save(folder: Path, session: Session, facts: dict[str, object]) -> str:
     """Write what there is so far; return the report."""
     content = facts | {"runs": [_finite(asdict(run)) for run in session.runs]}
@@ -130,7 +119,7 @@ def main() -> int:
         "machine": describe_machine(ROOT),
     }
     try:
-        session = Session(options, _make_model(options.model))
+        session = Session(options, make_model(options.model, MODEL_TIMEOUT_S))
         facts["peers"] = session.peers
         try:
             session.measure(partial(_save, options.out, session, facts))

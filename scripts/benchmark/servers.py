@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmark.clients import Endpoint
 from mlxpool_server.mlx_backend.cpu_quota import usable_cpus
@@ -71,7 +71,8 @@ def _mlxpool(settings: Settings) -> Iterator[Endpoint]:
         command += ["--model", f"{name}={folder}"]
     command += settings.mlxpool_flags
     with started("mlxpool", command, os.environ, settings.logs) as (process, log):
-        address = wait_for(process, log, lambda: listening_address(log))
+        listening = wait_for(process, log, lambda: find_event(log, "server.listening"))
+        address = str(listening["addresses"][0])
         yield Endpoint(
             "mlxpool", address, process.pid, settings.models, MLXPOOL_PREFILL_STEP_TOKENS
         )
@@ -222,10 +223,12 @@ def wait_for(
     raise TargetError(f"{log.stem} {state}; its log ends with:\n{tail}")
 
 
-def listening_address(log: Path) -> str | None:
-    for line in log.read_text(errors="replace").splitlines():
-        if '"server.listening"' in line:
-            return str(json.loads(line)["addresses"][0])
+def find_event(log: Path, event: str) -> dict[str, Any] | None:
+    """What mlxpool's log says of it first; None: nothing yet, or not all of its line."""
+    for line in log.read_text(errors="replace").splitlines(keepends=True):
+        if f'"{event}"' in line and line.endswith("\n"):
+            found: dict[str, Any] = json.loads(line)
+            return found
     return None
 
 

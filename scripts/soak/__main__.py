@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.machine import describe_machine
+from benchmark.make_model import make_model
 from benchmark.servers import TargetError
 from benchmark.session import ROOT
 from soak.promises import Outcome
@@ -67,15 +67,6 @@ def say(line: str) -> None:
     print(f"reliability: {line}", file=sys.stderr, flush=True)
 
 
-def _make_model() -> Path:
-    """In a process of its own: this one must not import mlx, which takes memory and threads."""
-    command = [sys.executable, "-m", "benchmark.models", "tiny"]
-    made = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, timeout=_MODEL_TIMEOUT_S, check=True
-    )
-    return Path(made.stdout.splitlines()[-1])
-
-
 def measure(
     names: Sequence[str], scale: Scale, model: Path, logs: Path
 ) -> Iterator[tuple[Outcome, Vitals | None]]:
@@ -109,7 +100,8 @@ def main() -> int:
     }
     outcomes: list[Outcome] = []
     try:
-        for outcome, start in measure(options.scenarios, scale, _make_model(), options.out):
+        model = make_model("tiny", _MODEL_TIMEOUT_S)
+        for outcome, start in measure(options.scenarios, scale, model, options.out):
             outcomes.append(outcome)
             kept = f"{len(outcome.promises) - len(outcome.broken)} of {len(outcome.promises)}"
             say(f"{time.monotonic() - begin_s:.0f} s: {outcome.name}: {kept} promises kept")

@@ -54,6 +54,10 @@ class Place:
     scale: Scale
     start: Vitals
 
+    def settle(self) -> tuple[Vitals, float]:
+        """Wait until the server is as it was; what it holds then, and how long it took."""
+        return self.watch.settle(SETTLE_TIMEOUT_S, lambda vitals: vitals.is_back_to(self.start))
+
 
 def warm_up(server: Server, watch: Watch, scale: Scale) -> Vitals:
     """Load of every kind, so that what allocators and thread pools grow to is there from the start.
@@ -187,9 +191,7 @@ def _pairs(place: Place, name: str, kind: str, *, share: float) -> Outcome:
             outcome.good.add(tally)
         outcome.figures = {"bad_calls": outcome.bad.calls}
         if kind in _MUST_BE_DROPPED:
-            outcome.after, outcome.settled_s = place.watch.settle(
-                SETTLE_TIMEOUT_S, lambda vitals: vitals.is_back_to(place.start)
-            )
+            outcome.after, outcome.settled_s = place.settle()
     _finish(outcome, place, peak)
     check_latency(outcome, alone, beside)
     return outcome
@@ -208,9 +210,7 @@ def _window(
 
 def _finish(outcome: Outcome, place: Place, peak: MemoryPeak) -> Outcome:
     """Wait until the server is as it was, and check its promises."""
-    after, waited_s = place.watch.settle(
-        SETTLE_TIMEOUT_S, lambda vitals: vitals.is_back_to(place.start)
-    )
+    after, waited_s = place.settle()
     outcome.before, outcome.after = place.start, outcome.after or after
     outcome.settled_s = outcome.settled_s or waited_s
     outcome.peak_bytes = peak.peak_bytes

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.servers import started, wait_for
+from benchmark.servers import find_event, started, wait_for
 
 # What the drain may take beyond its grace time: the step it is in, calls that linger, exit.
 STOP_MARGIN_S = 15.0
@@ -62,17 +62,9 @@ def running_server(
     command = [sys.executable, "-m", "mlxpool_server"]
     command += [str(text) for pair in flags.items() for text in pair]
     with started(name, command, os.environ, logs) as (process, log):
-        line = wait_for(process, log, lambda: _event(log, "server.listening"))
-        (metrics,) = (_event(log, "metrics.listening"),)
+        line = wait_for(process, log, lambda: find_event(log, "server.listening"))
+        metrics = find_event(log, "metrics.listening")
         if metrics is None:
             raise RuntimeError("the server listens before its metrics do")
         url = f"http://{metrics['address']}/metrics"
         yield Server(process, log, line["addresses"][0], url, grace_s)
-
-
-def _event(log: Path, event: str) -> dict[str, str] | None:
-    for line in log.read_text(errors="replace").splitlines(keepends=True):
-        if f'"{event}"' in line and line.endswith("\n"):
-            found: dict[str, str] = json.loads(line)
-            return found
-    return None
