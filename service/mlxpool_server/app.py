@@ -16,7 +16,7 @@ import structlog
 from mlxpool_server.domain import DeviceInfo, MemoryLimits, ModelSpec
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.fair_lock import FairLock
-from mlxpool_server.errors import AddressUnavailableError, DrainingError
+from mlxpool_server.errors import RETRY_AFTER_S, AddressUnavailableError, DrainingError
 from mlxpool_server.front_door import certificates_for, gate_for, warn_of_exposure
 from mlxpool_server.metrics import Sample
 from mlxpool_server.mlx_backend.demo_model import ensure_demo_model
@@ -239,7 +239,7 @@ class App:
         is_drained = await self._generations.drain(grace_s)
         if not is_drained:
             log.warning("server.drain_timed_out", in_flight=self._generations.num_in_flight)
-        error = DrainingError(retry_after_s=1.0)
+        error = DrainingError(RETRY_AFTER_S)
         is_engine_stopped = await self._engine.stop(error, ENGINE_STOP_S)
         self._memory_service.close()
         # Together: the server takes no new calls, and those that watch a load learn how it ended.

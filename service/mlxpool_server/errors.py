@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# How soon a caller may ask again whom a full, slow or draining server has refused.
+RETRY_AFTER_S = 1.0
+
 
 class MlxpoolError(Exception):
     """The base of every error this service raises on purpose; its text may be shown to callers."""

@@ -42,6 +42,7 @@ class FakeFiles:
     may_read_tokenizer: threading.Event = field(default_factory=threading.Event)
     # Another one: the tokenizer's files were replaced.
     stamp: int = 0
+    num_stamps: int = 0
     num_inspections: int = 0
     num_loads: int = 0
     num_tokenizer_reads: int = 0
@@ -87,6 +88,7 @@ class FakeLoader:
         )
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:
+        self._files[spec.name].num_stamps += 1
         return self._files[spec.name].stamp
 
     def load_tokenizer(self, spec: ModelSpec) -> FakeTokenizer:

@@ -30,6 +30,7 @@ from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.sequence import SequenceRequest
 from mlxpool_server.errors import (
+    RETRY_AFTER_S,
     DrainingError,
     GenerationIdInUseError,
     GenerationNotFoundError,
@@ -45,8 +46,6 @@ from mlxpool_server.pool.prompts import PromptReader, check_token_ids
 from mlxpool_server.pool.queue_forecast import QueueForecast
 from mlxpool_server.pool.reservations import Reservation
 from mlxpool_server.pool.turn_stream import TurnStream
-
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +293,8 @@ class Generations:
             self._forecast.check(spec.name, request.priority, others, request.deadline_s)
         tokenizer = await self._prompts.tokenizer(spec)
         info = await self._pool.find_info(spec.name)
-        prompt = await self._prompts.read(spec, request.prompt, self._most_prompt_tokens(info))
+        most_tokens = self._most_prompt_tokens(info)
+        prompt = await self._prompts.read(spec, request.prompt, most_tokens, tokenizer)
         check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocab_size)
         check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer.vocab_size)
         # A tokenizer may know more tokens than the model: an id too large crashes the process.

@@ -20,6 +20,7 @@ from mlxpool_server.domain import (
     TokenPrompt,
 )
 from mlxpool_server.errors import (
+    RETRY_AFTER_S,
     CapabilityMissingError,
     InvalidFieldError,
     PromptTooLongError,
@@ -34,7 +35,6 @@ T = TypeVar("T")
 MAX_THREADS = 2
 # A long prompt takes seconds; a tokenizer that somebody made slow takes for ever.
 LIMIT_S = 30.0
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,21 @@ class PromptReader:
         return await self._tokenizers.get(spec)
 
     async def read(
-        self, spec: ModelSpec, prompt: Prompt, max_tokens: int | None = None
+        self,
+        spec: ModelSpec,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> RenderedPrompt:
         """`max_tokens`: a text that must have more is not even tokenised.
+
+        `tokenizer`: the model's, from a caller who has it: its files are not looked at again.
 
         Raises: InvalidFieldError, PromptTooLongError, CapabilityMissingError, LoadFailedError,
         QueueTimeoutError.
         """
-        tokenizer = await self._tokenizers.get(spec)
+        if tokenizer is None:
+            tokenizer = await self._tokenizers.get(spec)
         return await self._on_thread(spec, partial(_read, spec.name, tokenizer, prompt, max_tokens))
 
     async def tokenize(
@@ -112,7 +119,7 @@ class PromptReader:
     ) -> Tokenization:
         """Raises: as `read`."""
         tokenizer = await self._tokenizers.get(spec)
-        rendered = await self.read(spec, prompt)
+        rendered = await self.read(spec, prompt, tokenizer=tokenizer)
         pieces: tuple[bytes, ...] = ()
         if include_pieces:
             pieces = await self._on_thread(

@@ -11,13 +11,11 @@ from grpc import aio
 
 from mlxpool.v1 import memory_service_pb2 as pb
 from mlxpool.v1 import memory_service_pb2_grpc as pb_grpc
-from mlxpool_server.errors import DrainingError
+from mlxpool_server.errors import RETRY_AFTER_S, DrainingError
 from mlxpool_server.pool.memory import PoolMemory
 from mlxpool_server.rpc.convert import requests, responses
 
 Context = aio.ServicerContext[Any, Any]
-
-RETRY_AFTER_S = 1.0
 
 
 class MemoryService(pb_grpc.MemoryServiceServicer):

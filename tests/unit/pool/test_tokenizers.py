@@ -133,6 +133,16 @@ async def test_a_load_has_its_own_files_tokenizer(files: FakeFiles, before: int 
     assert await tokenizers.get(SPEC) is files.tokenizer is not old
 
 
+async def test_a_prompt_has_the_files_looked_at_once(
+    files: FakeFiles, prompts: PromptReader
+) -> None:
+    """Whoever has the tokenizer reads with it: ids and pieces are the same one's."""
+    await prompts.tokenizer(SPEC)
+    before = files.num_stamps
+    await prompts.tokenize(SPEC, TextPrompt("abc"), include_pieces=True)
+    assert files.num_stamps == before + 1
+
+
 # ---------------------------------------------------------------- slow ones
 
 
