@@ -37,13 +37,20 @@ def check_growth(tokenizer: Any) -> None:
     A decoder may not have a regular expression: tokens become text on the engine's thread, where
     a slow one would hold up every model. Raises: TokenizerError.
     """
-    if tokenizer.decoder is not None and _has_regex(json.loads(tokenizer.decoder.__getstate__())):
+    normalizer, decoder = _rule(tokenizer.normalizer), _rule(tokenizer.decoder)
+    if _has_regex(decoder):
         raise TokenizerError("its decoder uses a regular expression")
-    for step in (tokenizer.normalizer, tokenizer.decoder):
-        if step is not None and (growth := _growth(json.loads(step.__getstate__()))) > MAX_GROWTH:
+    for rule in (normalizer, decoder):
+        if (growth := _growth(rule)) > MAX_GROWTH:
             raise TokenizerError(
                 f"it may make {growth:g} characters of one; at most {MAX_GROWTH} are allowed"
             )
+
+
+def _rule(step: Any) -> dict[str, Any]:
+    """As tokenizer.json has it; empty when it has none."""
+    rule: dict[str, Any] = {} if step is None else json.loads(step.__getstate__())
+    return rule
 
 
 def _has_regex(rule: Mapping[str, Any]) -> bool:

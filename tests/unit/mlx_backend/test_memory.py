@@ -14,6 +14,7 @@ from mlxpool_server.domain import MemoryLimits
 from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.mlx_backend import memory as memory_module
 from mlxpool_server.mlx_backend.memory import MlxMemory, device_kind, system_memory_bytes
+from mlxpool_server.mlx_backend.process_memory import resident_bytes
 
 MIB = 2**20
 
@@ -119,13 +120,8 @@ def test_clearing_gives_memory_back_to_the_system(memory: MlxMemory) -> None:
         ctypes.memset(block, 1, 64 * 1024)
     for block in blocks[:-1]:
         libc.free(block)
-    before = resident_bytes()
+    before = resident_bytes(os.getpid())
     memory.clear_cache()
-    after = resident_bytes()
+    after = resident_bytes(os.getpid())
     libc.free(blocks[-1])
     assert before - after > 32 * MIB
-
-
-def resident_bytes() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
