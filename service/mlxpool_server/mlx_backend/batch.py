@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 # How often freed buffers go back to the system: their sizes change as the batch grows.
 CLEAR_CACHE_STEPS = 512
+# So many prompts are a pass: they do not wait for more.
+FULL_PASS = 8
 # Prompts that share so many of their first tokens wait for each other's prefix.
 SIBLING_TOKENS = 128
 
@@ -55,11 +58,14 @@ class MlxBatch:
         self._threads = threads
         # A step's duration says something only if the one before was alike.
         self._last_kind: object = None
-        self._samples_on_host = device_kind() == "cpu"
+        kind = device_kind()
+        self._samples_on_host = kind == "cpu"
+        self._gathers_prompts = kind == "cuda" and is_batchable
         self._waiting: deque[Row] = deque()
         # Prompts of which some chunks are done.
         self._begun: deque[Prefill] = deque()
         self._was_new_prefill = False
+        self._passed_at = -math.inf
         # One, or one for each row of a model that cannot be batched.
         self._decodes: list[Decode] = []
         self._prefixes = PrefixCache()
@@ -90,7 +96,7 @@ class MlxBatch:
         return output
 
     def _timed_step(self) -> StepOutput:
-        is_prefill = self._has_prompts
+        is_prefill = self._has_prompts and not self._is_gathering()
         if self._threads is None:
             return self._prefill() if is_prefill else self._decode()
         rows = sum(len(decode.rows) for decode in self._decodes)
@@ -135,6 +141,17 @@ class MlxBatch:
     def _has_prompts(self) -> bool:
         return bool(self._waiting or self._begun)
 
+    def _is_gathering(self) -> bool:
+        """Whether prompts wait for others, so that they share a pass; the streams go on."""
+        if not self._gathers_prompts or self._begun or not self._decodes:
+            return False
+        if not 0 < len(self._waiting) < FULL_PASS:
+            return False
+        if time.monotonic() - self._passed_at >= self._pace.gather_s:
+            return False
+        # One that goes on from a cached prefix would go alone.
+        return self._prefixes.count(self._waiting[0].prompt) == 0
+
     def _can_streams_wait(self) -> bool:
         """Short prompts go in one after the other, for as long."""
         return time.monotonic() - self._decoded_at < self._pace.target_s(is_decoding=True)
@@ -161,7 +178,8 @@ class MlxBatch:
             prefill.settle()
             self._begun.append(prefill)
         self._num_prefilled = num_tokens * len(rows)
-        self._pace.learn_pass(self._num_prefilled, time.monotonic() - started_at)
+        self._passed_at = time.monotonic()
+        self._pace.learn_pass(self._num_prefilled, self._passed_at - started_at)
         return StepOutput(
             tokens=(*tokens, *((row.slot, row.token) for row in complete)),
             prefilled=tuple((row.slot, row.num_done) for row in rows),

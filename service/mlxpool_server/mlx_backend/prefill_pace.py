@@ -7,6 +7,9 @@ IDLE_PASS_S = 0.5
 # With them, as long as so many of their steps, and at least this long.
 STALL_STEPS = 3
 MIN_STALL_S = 0.05
+# On a GPU a pass over one short prompt costs as much as one over several: prompts that come within
+# so many times its duration go into the next one together.
+GATHER_PASSES = 4
 # Below this a CPU's matrix products are far from their full speed, and a GPU is idle.
 MIN_TOKENS = 128
 # How much of what is known about the speed a new measurement replaces.
@@ -21,6 +24,12 @@ class PrefillPace:
         self._max_tokens = max_tokens
         self._tokens_per_s: float | None = None
         self._decode_step_s = 0.0
+        self._pass_s = 0.0
+
+    @property
+    def gather_s(self) -> float:
+        """How long after a pass prompts wait for others, while rows decode."""
+        return min(MIN_STALL_S, GATHER_PASSES * self._pass_s)
 
     def target_s(self, *, is_decoding: bool) -> float:
         """How long a pass may take."""
@@ -37,6 +46,7 @@ class PrefillPace:
     def learn_pass(self, num_tokens: int, duration_s: float) -> None:
         # What a pass costs whatever its size, a step costs too.
         own_s = max(duration_s - self._decode_step_s, duration_s / 4, 1e-6)
+        self._pass_s = own_s
         measured = num_tokens / own_s
         known = self._tokens_per_s
         # A first pass may have waited for kernels to be compiled: what is faster is believed.

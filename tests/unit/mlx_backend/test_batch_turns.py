@@ -17,6 +17,7 @@ from mlxpool_server.mlx_backend import batch as batch_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.prefill_pace import MIN_STALL_S
 from mlxpool_server.mlx_backend.row_cache import batch_problem
 from references.generation import greedy_alone
 from tiny_models import VOCAB_SIZE, write_model
@@ -247,3 +248,70 @@ def test_a_model_that_cannot_be_batched_lets_rows_leave(tmp_path: Path, clock: C
     assert got[: len(expected)] == expected
     batch.remove([0])
     assert batch.kv_bytes() == 0
+
+
+@pytest.fixture
+def gathering(batch: MlxBatch, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MlxBatch:
+    """A batch as on CUDA, with one row that decodes, soon after a pass of 10 ms."""
+    monkeypatch.setattr(batch, "_gathers_prompts", True)
+    batch.add(0, [1, 2], GREEDY)
+    batch.step()
+    batch.step()
+    clock.tick_s = 0.0
+    monkeypatch.setattr(batch._pace, "_pass_s", 0.01)
+    return batch
+
+
+def test_prompts_that_come_soon_after_a_pass_share_the_next(
+    gathering: MlxBatch, clock: Clock
+) -> None:
+    """On CUDA, where a pass over one costs as much as one over both."""
+    gathering.add(1, [3, 4], GREEDY)
+    assert gathering.step().prefilled == ()
+    gathering.add(2, [5, 6], GREEDY)
+    clock.now += MIN_STALL_S
+    assert gathering.step().prefilled == ((1, 2), (2, 2))
+
+
+def test_streams_go_on_while_prompts_gather(gathering: MlxBatch) -> None:
+    """A step without a pass is a token for every row."""
+    gathering.add(1, [3, 4], GREEDY)
+    assert [[slot for slot, _ in gathering.step().tokens] for _ in range(2)] == [[0], [0]]
+
+
+def test_enough_prompts_do_not_wait_for_more(gathering: MlxBatch) -> None:
+    """A pass that is full begins at once."""
+    for slot in range(1, 1 + batch_module.FULL_PASS):
+        gathering.add(slot, [slot, 4], GREEDY)
+    assert len(gathering.step().prefilled) == batch_module.FULL_PASS
+
+
+def test_a_prompt_waits_for_no_one_where_nobody_decodes(gathering: MlxBatch) -> None:
+    """There is nothing that a pass of its own could hold up."""
+    gathering.remove([0])
+    gathering.add(1, [3, 4], GREEDY)
+    assert gathering.step().prefilled == ((1, 2),)
+
+
+def test_a_prompt_whose_beginning_is_cached_does_not_wait(
+    gathering: MlxBatch, clock: Clock
+) -> None:
+    """It goes alone, however many others there are."""
+    gathering.limit_prompt_cache(1 << 20)
+    gathering.add(1, LONG, GREEDY)
+    clock.now += MIN_STALL_S
+    while (1, len(LONG)) not in gathering.step().prefilled:
+        pass
+    gathering.remove([1])
+    gathering.step()
+    gathering.add(2, [*LONG, 7], GREEDY)
+    assert gathering.step().cached
+
+
+def test_on_a_cpu_prompts_do_not_wait(batch: MlxBatch, clock: Clock) -> None:
+    """A pass costs there what its tokens do."""
+    batch.add(0, [1, 2], GREEDY)
+    batch.step()
+    clock.tick_s = 0.0
+    batch.add(1, [3, 4], GREEDY)
+    assert batch.step().prefilled == ((1, 2),)
