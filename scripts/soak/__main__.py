@@ -30,8 +30,8 @@ STOP = "stop"
 NAMES = (*SCENARIOS, STOP)
 _MODEL_TIMEOUT_S = 300.0
 _QUICK = Scale(
-    streams=40, streams_s=3.0, calls=200, pair_streams=20, pair_s=2.0, pairs=1, stop_streams=12,
-    stop_after_s=2.0, stop_grace_s=4.0, warm_up_s=3.0,
+    streams=40, streams_s=3.0, calls=200, window_streams=20, window_s=2.0, rounds=1,
+    stop_streams=12, stop_after_s=2.0, stop_grace_s=4.0, warm_up_s=3.0,
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def measure(
     """One server for all but the last scenario: what one leaves behind, the next ones see."""
     shared = [name for name in names if name != STOP]
     if shared:
-        batch = max(scale.streams, scale.pair_streams)
+        batch = max(scale.streams, scale.window_streams)
         with running_server(model, logs, name="server", batch=batch) as server:
             watch = Watch(server.process.pid, server.address, server.metrics_url)
             say("warming up")

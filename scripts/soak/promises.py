@@ -25,6 +25,37 @@ class Promise:
 
 
 @dataclass(slots=True)
+class Latency:
+    """Windows of well-behaved clients: how long they wait from one message to the next."""
+
+    alone: list[Tally] = field(default_factory=list)
+    # With well-behaved clients in the place of the bad ones; empty where those have no streams.
+    as_many: list[Tally] = field(default_factory=list)
+    beside: list[Tally] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """What the others' bad behaviour costs: the p99 beside them by that beside good ones."""
+        return _p99_ms(self.beside) / _p99_ms(self.as_many or self.alone)
+
+    @property
+    def load_ratio(self) -> float:
+        """The p99 beside them by that with nobody in their place."""
+        return _p99_ms(self.beside) / _p99_ms(self.alone)
+
+    def figures(self) -> dict[str, float]:
+        """By name, ms and ratios."""
+        kinds = {"alone": self.alone, "as_many": self.as_many, "beside": self.beside}
+        p99s = {f"p99_{name}_ms": _p99_ms(tallies) for name, tallies in kinds.items() if tallies}
+        return p99s | {"ratio": self.ratio, "ratio_to_alone": self.load_ratio}
+
+
+def _p99_ms(tallies: Sequence[Tally]) -> float:
+    """Over all gaps of all windows."""
+    return percentile([gap for tally in tallies for gap in tally.gaps_ms], P99)
+
+
+@dataclass(slots=True)
 class Outcome:
     """Of one scenario."""
 
@@ -36,10 +67,8 @@ class Outcome:
     after: Vitals | None = None
     settled_s: float = 0.0
     peak_bytes: int = 0
-    # p99 inter-token latencies in ms, window by window.
-    alone_ms: list[float] = field(default_factory=list)
-    beside_ms: list[float] = field(default_factory=list)
-    ratio: float | None = None
+    # None where there are no windows with and without bad clients.
+    latency: Latency | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     promises: list[Promise] = field(default_factory=list)
 
@@ -84,13 +113,9 @@ def check_vitals(outcome: Outcome) -> None:
     outcome.promise("no KV bytes", kept_bytes == 0, kept_bytes)
 
 
-def check_latency(outcome: Outcome, alone: Sequence[Tally], beside: Sequence[Tally]) -> None:
-    """The p99 over all windows of a kind, against that of the other kind."""
-    outcome.alone_ms = [percentile(each.gaps_ms, P99) for each in alone]
-    outcome.beside_ms = [percentile(each.gaps_ms, P99) for each in beside]
-    without, with_them = (
-        percentile([gap for each in tallies for gap in each.gaps_ms], P99)
-        for tallies in (alone, beside)
-    )
-    outcome.ratio = with_them / without
-    outcome.promise("latency of the others", outcome.ratio <= LATENCY_RATIO, f"{outcome.ratio:.2f}")
+def check_latency(outcome: Outcome) -> None:
+    """The load of a bad client is anybody's load; what it does beyond that is its own."""
+    if outcome.latency is None:
+        raise ValueError(outcome.name)
+    ratio = outcome.latency.ratio
+    outcome.promise("latency of the others", ratio <= LATENCY_RATIO, f"{ratio:.2f}")

@@ -26,11 +26,8 @@ def render(outcomes: Sequence[Outcome]) -> str:
 def facts(outcome: Outcome) -> dict[str, Any]:
     """For JSON: without the single gaps."""
     found: dict[str, Any] = {
-        name: getattr(outcome, name)
-        for name in (
-            "name", "settled_s", "peak_bytes", "alone_ms", "beside_ms", "ratio", "figures",
-        )
-    }  # fmt: skip
+        name: getattr(outcome, name) for name in ("name", "settled_s", "peak_bytes", "figures")
+    }
     for who in ("good", "bad"):
         tally = getattr(outcome, who).facts()
         tally.pop("gaps_ms")
@@ -53,7 +50,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         str(good.lost + bad.lost),
         *_held(outcome),
         _latency(outcome),
-        "" if outcome.ratio is None else f"{outcome.ratio:.2f}",
+        "" if outcome.latency is None else f"{outcome.latency.ratio:.2f}",
         f"{len(outcome.broken)} broken" if outcome.broken else "kept",
     )
 
@@ -68,10 +65,11 @@ def _held(outcome: Outcome) -> tuple[str, str, str]:
 
 
 def _latency(outcome: Outcome) -> str:
-    if not outcome.alone_ms:
+    """Alone, beside as many good ones where that was measured, beside the bad ones."""
+    if outcome.latency is None:
         return _number(outcome.figures.get("itl_p99_ms"))
-    pairs = zip(outcome.alone_ms, outcome.beside_ms, strict=True)
-    return ", ".join(f"{_number(alone)} → {_number(beside)}" for alone, beside in pairs)
+    names = ("p99_alone_ms", "p99_as_many_ms", "p99_beside_ms")
+    return " / ".join(_number(outcome.figures.get(name)) or "-" for name in names)
 
 
 def _number(value: float | None) -> str:
@@ -79,7 +77,7 @@ def _number(value: float | None) -> str:
 
 
 def _details(outcome: Outcome) -> str:
-    figures = ", ".join(f"{name} {value:,.1f}" for name, value in outcome.figures.items())
+    figures = ", ".join(f"{name} {value:,.2f}" for name, value in outcome.figures.items())
     broken = [f"\n  - BROKEN: {each.name} ({each.figure})" for each in outcome.broken]
     peak = f"peak {outcome.peak_bytes / _MIB:,.0f} MiB, " if outcome.peak_bytes else ""
     settled = f"quiet after {outcome.settled_s:.1f} s; " if outcome.after else ""

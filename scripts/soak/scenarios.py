@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmark.measure import percentile
 from soak import ghz
 from soak.clients import Crowd
 from soak.crowds import CrowdProcess, running_crowd
-from soak.promises import P99, Outcome, check_latency, check_streams, check_vitals
+from soak.promises import P99, Latency, Outcome, check_latency, check_streams, check_vitals
 from soak.server import STOP_MARGIN_S, Server, running_server
 from soak.tally import Tally
 from soak.vitals import MemoryPeak, Vitals, Watch
@@ -20,7 +21,7 @@ from soak.vitals import MemoryPeak, Vitals, Watch
 # gRPC's pings find a frozen client within 40 s, and half-open connections end before that.
 SETTLE_TIMEOUT_S = 75.0
 _RAMP_S = 2.0
-_WARM_UP_ROUNDS = 3
+_WARM_UP_ROUNDS = 2
 _SHORT_STREAMS = 50
 _ATTACKERS = 4
 # These are still there, frozen or half open, when the server has to be rid of them.
@@ -34,10 +35,10 @@ class Scale:
     streams: int = 500
     streams_s: float = 120.0
     calls: int = 10_000
-    # In the pairs of windows with and without the bad clients.
-    pair_streams: int = 100
-    pair_s: float = 8.0
-    pairs: int = 2
+    # In the windows with and without the bad clients.
+    window_streams: int = 100
+    window_s: float = 6.0
+    rounds: int = 4
     stop_streams: int = 100
     stop_after_s: float = 4.0
     stop_grace_s: float = 10.0
@@ -66,8 +67,9 @@ def warm_up(server: Server, watch: Watch, scale: Scale) -> Vitals:
     """
     crowds = (
         Crowd("good", scale.streams, server.address, max_tokens=32),
-        Crowd("cancelling", scale.pair_streams, server.address),
-        Crowd("stalling", max(1, scale.pair_streams // 10), server.address),
+        Crowd("cancelling", scale.window_streams, server.address),
+        Crowd("stalling", max(1, scale.window_streams // 10), server.address),
+        Crowd("vanishing", max(1, scale.window_streams // 10), server.address),
         Crowd("attacking", _ATTACKERS, server.address),
         Crowd("short", _SHORT_STREAMS, server.address),
     )
@@ -76,8 +78,7 @@ def warm_up(server: Server, watch: Watch, scale: Scale) -> Vitals:
             with running_crowd(crowd) as clients:
                 clients.begin(ramp_s=0.0, seconds=scale.warm_up_s / len(crowds))
                 clients.tally()
-    vitals, _ = watch.settle(SETTLE_TIMEOUT_S)
-    return vitals
+    return watch.rest(SETTLE_TIMEOUT_S)
 
 
 def many_streams(place: Place) -> Outcome:
@@ -117,19 +118,19 @@ def short_calls(place: Place) -> Outcome:
 
 def cancelling(place: Place) -> Outcome:
     """Beside the well-behaved ones, 30% of all clients cancel at random."""
-    return _pairs(place, "30% cancel at random", "cancelling", share=0.3)
+    return _compare(place, "30% cancel at random", "cancelling", share=0.3)
 
 
 def stalling(place: Place) -> Outcome:
-    return _pairs(place, "10% stop reading", "stalling", share=0.1)
+    return _compare(place, "10% stop reading", "stalling", share=0.1)
 
 
 def vanishing(place: Place) -> Outcome:
-    return _pairs(place, "processes vanish (kill -9)", "vanishing", share=0.1)
+    return _compare(place, "processes vanish (kill -9)", "vanishing", share=0.1)
 
 
 def attacking(place: Place) -> Outcome:
-    return _pairs(place, "malformed HTTP/2", "attacking", share=0.1)
+    return _compare(place, "malformed HTTP/2", "attacking", share=0.1)
 
 
 def stopping(model: Path, logs: Path, scale: Scale) -> Outcome:
@@ -171,41 +172,66 @@ SCENARIOS: dict[str, Callable[[Place], Outcome]] = {
 }
 
 
-def _pairs(place: Place, name: str, kind: str, *, share: float) -> Outcome:
-    """Windows in turn: the well-behaved clients alone, and the same ones beside the bad ones."""
+def _compare(place: Place, name: str, kind: str, *, share: float) -> Outcome:
+    """Windows in turn: well-behaved clients alone, as many as all of them, and beside bad ones.
+
+    Attackers have no streams in whose place others could be.
+    """
     scale, address = place.scale, place.server.address
-    num_bad = max(1, round(scale.pair_streams * share))
-    if kind == "attacking":
-        num_bad = _ATTACKERS
+    num_bad = max(1, round(scale.window_streams * share))
+    has_streams = kind != "attacking"
     outcome = Outcome(name)
-    alone: list[Tally] = []
-    beside: list[Tally] = []
+    outcome.latency = Latency()
     with ExitStack() as stack:
         peak = stack.enter_context(MemoryPeak(place.watch))
-        bad = stack.enter_context(running_crowd(Crowd(kind, num_bad, address)))
-        with running_crowd(Crowd("good", scale.pair_streams - num_bad, address)) as good:
-            for _ in range(scale.pairs):
-                alone.append(_window(scale, good))
-                beside.append(_window(scale, good, bad, outcome.bad))
-        for tally in (*alone, *beside):
-            outcome.good.add(tally)
-        outcome.figures = {"bad_calls": outcome.bad.calls}
+        crowd = Crowd(kind, num_bad if has_streams else _ATTACKERS, address)
+        bad = stack.enter_context(running_crowd(crowd))
+        with (
+            running_crowd(Crowd("good", scale.window_streams - num_bad, address)) as good,
+            running_crowd(Crowd("good", num_bad, address, seed=1)) as others,
+        ):
+            windows = _Windows(scale, outcome.latency, outcome, good)
+            turns: list[Callable[[], None]] = [windows.alone, partial(windows.beside, bad)]
+            if has_streams:
+                turns.insert(1, partial(windows.as_many, others))
+            for number in range(scale.rounds):
+                # There and back: a machine that gets slower is no kind's disadvantage.
+                for turn in turns if number % 2 == 0 else reversed(turns):
+                    turn()
+        outcome.figures = {"bad_calls": outcome.bad.calls, **outcome.latency.figures()}
         if kind in _MUST_BE_DROPPED:
             outcome.after, outcome.settled_s = place.settle()
     _finish(outcome, place, peak)
-    check_latency(outcome, alone, beside)
+    check_latency(outcome)
     return outcome
 
 
-def _window(
-    scale: Scale, good: CrowdProcess, bad: CrowdProcess | None = None, account: Tally | None = None
-) -> Tally:
-    for crowd in filter(None, (bad, good)):
-        crowd.begin(ramp_s=_RAMP_S, seconds=scale.pair_s)
-    tally = good.tally()
-    if bad is not None and account is not None:
-        account.add(bad.tally())
-    return tally
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Of a scenario: the same good clients, each time in other company."""
+
+    scale: Scale
+    latency: Latency
+    outcome: Outcome
+    good: CrowdProcess
+
+    def alone(self) -> None:
+        self.latency.alone.append(self._run())
+
+    def as_many(self, others: CrowdProcess) -> None:
+        self.latency.as_many.append(self._run(others))
+        self.outcome.good.add(others.tally())
+
+    def beside(self, bad: CrowdProcess) -> None:
+        self.latency.beside.append(self._run(bad))
+        self.outcome.bad.add(bad.tally())
+
+    def _run(self, company: CrowdProcess | None = None) -> Tally:
+        for crowd in filter(None, (company, self.good)):
+            crowd.begin(ramp_s=_RAMP_S, seconds=self.scale.window_s)
+        tally = self.good.tally()
+        self.outcome.good.add(tally)
+        return tally
 
 
 def _finish(outcome: Outcome, place: Place, peak: MemoryPeak) -> Outcome:

@@ -21,6 +21,7 @@ from mlxpool.v1 import memory_service_pb2_grpc as memory_grpc
 
 _TIMEOUT_S = 30.0
 _POLL_S = 0.25
+_REST_S = 1.0
 _SAMPLE_S = 0.2
 _CACHES = [memory_pb.CACHE_KIND_BUFFERS, memory_pb.CACHE_KIND_PROMPTS]
 # What a quiet server has none of, by its own metrics.
@@ -104,6 +105,18 @@ class Watch:
             if is_settled(vitals) or waited_s > deadline_s:
                 return vitals, waited_s
             time.sleep(_POLL_S)
+
+    def rest(self, deadline_s: float) -> Vitals:
+        """Wait until it is quiet, and the same a second later."""
+        end_s = time.monotonic() + deadline_s
+        vitals, _ = self.settle(deadline_s)
+        while True:
+            time.sleep(_REST_S)
+            earlier = vitals
+            vitals, _ = self.settle(max(0.0, end_s - time.monotonic()))
+            same = (vitals.fds, vitals.tasks) == (earlier.fds, earlier.tasks)
+            if same or time.monotonic() > end_s:
+                return vitals
 
     def rss_bytes(self) -> int:
         return self._meter.rss_bytes()

@@ -56,8 +56,7 @@ def watch(server: ServerProcess) -> Watch:
 def start(server: ServerProcess, watch: Watch) -> Vitals:
     """After the first streams: the model is loaded, and the libraries' threads are there."""
     asyncio.run(live("good", 4, server))
-    vitals, _ = watch.settle(SETTLE_S)
-    return vitals
+    return watch.rest(SETTLE_S)
 
 
 async def live(kind: str, streams: int, server: ServerProcess) -> Tally:
