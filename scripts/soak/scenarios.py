@@ -42,8 +42,8 @@ class Scale:
     stop_streams: int = 100
     stop_after_s: float = 4.0
     stop_grace_s: float = 10.0
-    # Each of a few rounds of load of every kind.
-    warm_up_s: float = 10.0
+    # Each of a few rounds of load of every kind; its streams end later.
+    warm_up_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def warm_up(server: Server, watch: Watch, scale: Scale) -> Vitals:
     Returns what the server holds then, its caches emptied.
     """
     crowds = (
-        Crowd("good", scale.streams, server.address, max_tokens=32),
+        Crowd("good", scale.streams, server.address),
         Crowd("cancelling", scale.window_streams, server.address),
         Crowd("stalling", max(1, scale.window_streams // 10), server.address),
         Crowd("vanishing", max(1, scale.window_streams // 10), server.address),
