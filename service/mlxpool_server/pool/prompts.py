@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mlxpool_server.domain import (
     ChatPrompt,
@@ -20,40 +16,18 @@ from mlxpool_server.domain import (
     TokenPrompt,
 )
 from mlxpool_server.errors import (
-    RETRY_AFTER_S,
     CapabilityMissingError,
     InvalidFieldError,
     PromptTooLongError,
-    QueueTimeoutError,
 )
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
+from mlxpool_server.pool.model_threads import ModelThreads, TooSlowError
 from mlxpool_server.pool.tokenizers import Tokenizers
 
 T = TypeVar("T")
 
-# A slow template or tokenizer keeps its thread; only prompts for its own model wait behind it.
-MAX_THREADS = 2
 # A long prompt takes seconds; a tokenizer that somebody made slow takes for ever.
 LIMIT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Threads:
-    """One model's. Whoever has a place in `free` finds a thread of the executor idle."""
-
-    executor: ThreadPoolExecutor
-    free: asyncio.Semaphore
-
-
-def _release(free: asyncio.Semaphore) -> Callable[[object], None]:
-    loop = asyncio.get_running_loop()
-
-    def release(_: object) -> None:
-        # A closed loop has nobody left who waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(free.release)
-
-    return release
 
 
 class PromptReader:
@@ -69,28 +43,23 @@ class PromptReader:
         limit_s: float = LIMIT_S,
     ) -> None:
         """`load_number`: as Tokenizers takes it; `limit_s` for each prompt, with its wait."""
+        self._threads = ModelThreads(limit_s)
         self._tokenizers = Tokenizers(loader, load_number)
-        self._limit_s = limit_s
-        self._threads: dict[str, _Threads] = {}
-        # Calls that nobody waits for any more.
-        self._left: list[Future[Any]] = []
 
     @property
     def is_idle(self) -> bool:
         """False: a thread is busy, for nobody, and would keep the process from its end."""
-        return all(call.done() for call in self._left)
+        return self._threads.is_idle and self._tokenizers.is_idle
 
     def close(self) -> None:
         """Wait for nobody: a template may still take its time."""
-        for threads in self._threads.values():
-            threads.executor.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+        self._tokenizers.close()
 
     def forget(self, name: str) -> None:
         """Read the model's tokenizer anew when it is needed next."""
         self._tokenizers.forget(name)
-        # Those that are stuck in the old one are not the new one's.
-        if (threads := self._threads.pop(name, None)) is not None:
-            threads.executor.shutdown(wait=False)
+        self._threads.forget(name)
 
     async def tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
@@ -128,29 +97,11 @@ class PromptReader:
         return Tokenization(rendered.token_ids, pieces, rendered.text)
 
     async def _on_thread(self, spec: ModelSpec, call: Callable[[], T]) -> T:
-        threads = self._threads.get(spec.name)
-        if threads is None:
-            executor = ThreadPoolExecutor(MAX_THREADS, f"prompts {spec.name}")
-            threads = _Threads(executor, asyncio.Semaphore(MAX_THREADS))
-            self._threads[spec.name] = threads
-        running: Future[T] | None = None
         try:
-            async with asyncio.timeout(self._limit_s) as timeout:
-                # An executor's own queue would keep the prompts of those who gave up.
-                await threads.free.acquire()
-                running = threads.executor.submit(call)
-                running.add_done_callback(_release(threads.free))
-                return await asyncio.wrap_future(running)
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            if running is None:
-                raise QueueTimeoutError(self._limit_s, RETRY_AFTER_S) from None
-            problem = f"takes longer than {self._limit_s:g} s to render and tokenise"
+            return await self._threads.run(spec.name, call)
+        except TooSlowError:
+            problem = f"takes longer than {self._threads.limit_s:g} s to render and tokenise"
             raise InvalidFieldError("prompt", problem) from None
-        finally:
-            if running is not None and not running.done():
-                self._left = [each for each in (*self._left, running) if not each.done()]
 
 
 def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -17,7 +17,8 @@ from mlxpool_server.errors import (
     PromptTooLongError,
     QueueTimeoutError,
 )
-from mlxpool_server.pool.prompts import MAX_THREADS, PromptReader
+from mlxpool_server.pool.model_threads import MAX_THREADS
+from mlxpool_server.pool.prompts import PromptReader
 from mlxpool_server.pool.tokenizers import Tokenizers
 
 SPEC = ModelSpec("m", Path("unread"))
@@ -161,12 +162,12 @@ async def test_a_slow_tokenizer_costs_only_its_own_prompts() -> None:
     assert not prompts.is_idle
     assert (await prompts.read(specs["quick"], TextPrompt("abc"))).text == "abc"
     # What they asked for went with them.
-    assert prompts._threads["slow"].executor._work_queue.empty()
+    assert prompts._threads._threads["slow"].executor._work_queue.empty()
     prompts.forget("slow")
     slow.tokenizer.may_encode.set()
     assert (await prompts.read(specs["slow"], TextPrompt("abc"))).text == "abc"
     async with asyncio.timeout(10):
-        await asyncio.gather(*map(asyncio.wrap_future, prompts._left))
+        await asyncio.gather(*map(asyncio.wrap_future, prompts._threads._left))
     assert prompts.is_idle
     prompts.close()
 
@@ -184,3 +185,24 @@ async def test_a_text_that_must_be_too_long_is_not_tokenised(
     assert not files.tokenizer.is_encoding.is_set()
     # It may fit, as far as its length tells.
     assert await prompts.read(SPEC, TextPrompt("a" * 40), max_tokens=10)
+
+
+async def test_slow_files_hold_up_only_their_own_model() -> None:
+    """Whoever asks for them is told in time; other models' tokenizers are read meanwhile."""
+    slow, quick = FakeFiles(), FakeFiles()
+    slow.may_read_tokenizer.clear()
+    tokenizers = Tokenizers(FakeLoader({"slow": slow, "quick": quick}), lambda _: None, 0.05)
+    specs = {name: ModelSpec(name, Path("unread")) for name in ("slow", "quick")}
+    for _ in range(MAX_THREADS):
+        with pytest.raises(LoadFailedError, match="takes longer"):
+            await tokenizers.get(specs["slow"])
+    # Its threads are taken: it is not read a third time.
+    with pytest.raises(QueueTimeoutError):
+        await tokenizers.get(specs["slow"])
+    assert await tokenizers.get(specs["quick"]) is quick.tokenizer
+    assert not tokenizers.is_idle
+    slow.may_read_tokenizer.set()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(asyncio.wrap_future, tokenizers._threads._left))
+    assert tokenizers.is_idle
+    assert await tokenizers.get(specs["slow"]) is slow.tokenizer
