@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -15,6 +18,7 @@ from fakes import FakeFiles, FakeModel
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server.domain import ModelSpec
 from mlxpool_server.errors import AddressUnavailableError
+from mlxpool_server.metrics import endpoint as endpoint_module
 from rpc.harness import PATIENCE_S, Server, failure_of, release, running_server, text_request, until
 from rpc.metrics_reader import fetch, metrics_address, scrape
 
@@ -197,12 +201,44 @@ async def test_a_silent_connection_does_not_keep_the_server() -> None:
         writer.close()
 
 
+async def test_a_scraper_that_stops_reading_is_cut_off(
+    measured: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has not read is not kept for it."""
+    monkeypatch.setattr(endpoint_module, "PATIENCE_S", 0.2)
+    endpoint = measured.app._telemetry._endpoint
+    assert endpoint is not None
+    # More than the kernel takes for somebody who does not read.
+    text = b"#" * (32 << 20)
+    monkeypatch.setattr(endpoint, "_answer", partial(_answer_with, text))
+    host, _, port = metrics_address(measured).rpartition(":")
+    with socket.create_connection((host, int(port))) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        await until(lambda: bool(endpoint._connections))
+        await until(lambda: not endpoint._connections)
+        scraper.settimeout(PATIENCE_S)
+        assert await asyncio.to_thread(_all_of, scraper) < len(text)
+
+
 async def test_a_port_in_use_stops_the_start(measured: Server) -> None:
     """As with the server's own addresses."""
     taken = metrics_address(measured)
     with pytest.raises(AddressUnavailableError, match=taken):
         async with running_server(metrics_listen=taken):
             pass
+
+
+async def _answer_with(text: bytes, _head: bytes) -> bytes:
+    return text
+
+
+def _all_of(scraper: socket.socket) -> int:
+    """How many bytes come until the connection ends."""
+    count = 0
+    with contextlib.suppress(ConnectionResetError):
+        while received := scraper.recv(1 << 20):
+            count += len(received)
+    return count
 
 
 async def _exchange(server: Server, request: bytes) -> bytes:

@@ -87,18 +87,26 @@ class MetricsEndpoint:
             writer.close()
             return
         self._connections.add(task)
+        # Drained is then what the kernel has taken, all of it.
+        writer.transport.set_write_buffer_limits(0)
+        is_read = False
         try:
             async with asyncio.timeout(PATIENCE_S):
                 writer.write(await self._answer(await reader.readuntil(b"\r\n\r\n")))
                 await writer.drain()
+                is_read = True
         except (OSError, TimeoutError, EOFError, asyncio.LimitOverrunError):
-            # It went away, or never asked.
+            # It went away, never asked, or stopped reading.
             pass
         except Exception:  # the edge: a scrape that fails must not end in silence
             log.exception("metrics.failed")
         finally:
             self._connections.discard(task)
-            writer.close()
+            if is_read:
+                writer.close()
+            else:
+                # Closing would wait, with what is left, until it is read.
+                writer.transport.abort()
 
     async def _answer(self, head: bytes) -> bytes:
         request, *lines = head.decode("latin-1").split("\r\n")
