@@ -196,6 +196,17 @@ def test_files_that_are_no_pem(tmp_path: Path) -> None:
     assert "holds no PEM" in certificate_problem(TlsFiles(certificate, key, junk))
 
 
+@pytest.mark.parametrize("name", ["tls.crt", "tls.key", "ca.crt"])
+def test_a_pipe_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    """It is not waited for: handshakes look at these files."""
+    certificate, key = Authority().issue().write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    authority = tmp_path / name if name == "ca.crt" else None
+    problem = certificate_problem(TlsFiles(certificate, key, authority))
+    assert problem.endswith(f"{tmp_path / name} is no regular file")
+
+
 def test_a_key_with_a_password(tmp_path: Path) -> None:
     """Nobody is asked for it on the terminal."""
     certificate, key = Authority().issue(password=b"secret").write(tmp_path)

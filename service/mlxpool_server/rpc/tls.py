@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 from mlxpool_server.errors import SettingsError
+from mlxpool_server.regular_file import opened_regular
 from mlxpool_server.watched_file import state_of
 
 log = structlog.get_logger(__name__)
@@ -129,9 +130,12 @@ def _read(files: TlsFiles) -> _Pair:
 
 def _bytes(setting: str, file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        with opened_regular(file) as opened:
+            return opened.read()
     except OSError as error:
         raise SettingsError(f"{setting} {file}: {error.strerror or 'cannot be read'}") from None
+    except ValueError as error:
+        raise SettingsError(f"{setting} {file} {error}") from None
 
 
 def _no_password() -> NoReturn:
