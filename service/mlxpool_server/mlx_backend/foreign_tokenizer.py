@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -73,4 +74,17 @@ def _growth(rule: Mapping[str, Any]) -> float:
             return 1.0 + len(content)
         case {"type": "Prepend", "prepend": text}:
             return 1.0 + len(text)
+        case {"type": "Precompiled", "precompiled_charsmap": charsmap}:
+            return float(_longest_replacement(charsmap))
     return 1.0
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Characters: each match is replaced by one of the texts behind its trie, or an end of one.
+
+    SentencePiece's format, in base64: four bytes of the trie's size, the trie, texts that end with
+    a zero.
+    """
+    raw = base64.b64decode(charsmap)
+    texts = raw[4 + int.from_bytes(raw[:4], "little") :]
+    return max(len(text.decode("utf-8", "replace")) for text in texts.split(b"\0"))

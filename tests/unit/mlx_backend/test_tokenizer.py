@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -277,6 +278,22 @@ def test_a_text_that_would_grow_without_end(tmp_path: Path, part: str) -> None:
     folder = edited(tmp_path, **{part.removesuffix("s"): bomb})
     with pytest.raises(TokenizerError, match=r"1\.67772e\+07 characters of one"):
         MlxTokenizer.read(folder, 0, None)
+
+
+@pytest.mark.parametrize(("size", "is_allowed"), [(18, True), (10_000, False)])
+def test_a_table_of_replacements_that_makes_long_texts(
+    tmp_path: Path, size: int, is_allowed: bool
+) -> None:
+    """SentencePiece's make at most 18 characters of one (U+FDFA); a stranger's, any number."""
+    trie = bytes(1024)
+    table = len(trie).to_bytes(4, "little") + trie + b"a\0" + "é".encode() * size + b"\0"
+    rule = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    folder = edited(tmp_path, normalizer={"type": "Sequence", "normalizers": [rule]})
+    if is_allowed:
+        assert encode(MlxTokenizer.read(folder, 0, None), "hello")
+    else:
+        with pytest.raises(TokenizerError, match="10000 characters of one"):
+            MlxTokenizer.read(folder, 0, None)
 
 
 def test_a_decoder_with_a_regular_expression(tmp_path: Path) -> None:
