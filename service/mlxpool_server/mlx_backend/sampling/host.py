@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 Floats = NDArray[np.float32]
+Places = NDArray[np.intp]
 
 # Words whose probabilities are added up before one is looked for among them.
 _GROUP = 256
+# So that rounding cannot leave out a word that belongs in.
+_LESS = 0.999
+# For the largest few: so many groups for each of them, and at least so many words in a group.
+_GROUPS_PER_WORD = 4
+_SMALLEST_GROUP = 8
 
 
 def sample(logits: Floats, rows: Sequence[SampledRow]) -> list[int]:
@@ -29,6 +35,8 @@ def _sample_row(logits: Floats, row: SampledRow) -> int:
         return int(logits.argmax())
     number, xtc_strikes = row.next_draw()
     logits = logits - logits.max()
+    if row.top_k and not xtc_strikes and (places := largest(logits, row.top_k)) is not None:
+        return _sample_among(places, logits, row, number)
     weights = np.exp(logits)
     kept = _kept(weights, row, xtc_strikes=xtc_strikes) if row.is_filtered else None
     if kept is not None and xtc_strikes:
@@ -40,6 +48,44 @@ def _sample_row(logits: Floats, row: SampledRow) -> int:
     if kept is not None:
         weights = np.where(kept, weights, np.float32(0))
     return pick(weights, number)
+
+
+def _sample_among(places: Places, logits: Floats, row: SampledRow, number: float) -> int:
+    """Of the words in `places`, the likeliest, in order; others only count for top_p's mass."""
+    params = row.params
+    own = logits[places]
+    weights = np.exp(own)
+    floor = np.float32(params.min_p)
+    if params.top_p < 1.0:
+        target = params.top_p * float(np.exp(logits).sum(dtype=np.float64))
+        ordered = np.sort(weights)[::-1]
+        last = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), target))
+        floor = max(floor, ordered[min(last, ordered.size - 1)])
+    reached = np.cumsum(
+        np.where(weights >= floor, np.exp(own / np.float32(row.temperature)), 0.0), dtype=np.float64
+    )
+    return int(places[min(int(np.searchsorted(reached, number * reached[-1])), places.size - 1)])
+
+
+def largest(values: Floats, count: int) -> Places | None:
+    """Where the `count` largest values are, in order, of equal ones the first.
+
+    The `count`-th largest maximum of as many groups, or more, is no larger than the value that is
+    looked for: what reaches it is little more than `count`. None where groups would be too small
+    to be worth it.
+    """
+    width = values.size // (_GROUPS_PER_WORD * count)
+    if width < _SMALLEST_GROUP:
+        return None
+    maxima = values[: values.size // width * width].reshape(-1, width).max(axis=1)
+    bound = np.partition(maxima, maxima.size - count)[maxima.size - count]
+    places: Places = np.flatnonzero(values >= bound)
+    found = values[places]
+    last = np.partition(found, found.size - count)[found.size - count]
+    kept = found > last
+    kept[np.flatnonzero(found == last)[: count - int(kept.sum())]] = True
+    chosen: Places = places[kept]
+    return chosen
 
 
 def _adjusted(logits: Floats, row: SampledRow) -> Floats:
@@ -97,11 +143,17 @@ def top_p_floor(weights: Floats, top_p: float) -> np.float32:
     Exact without sorting everything: positive floats order as their bits do, so the weights are
     added up by their upper 16 bits, and only the words of one such class are sorted.
     """
+    total = float(weights.sum(dtype=np.float64))
+    target = top_p * total
+    # All that are below it have less than the mass that may go: of a real model, nearly all are.
+    weights = weights[np.flatnonzero(weights >= (1.0 - top_p) * total / weights.size * _LESS)]
     classes = weights.view(np.uint32) >> 16
     masses = np.bincount(classes, weights=weights)
     mass_down_to = np.cumsum(masses[::-1])
-    target = top_p * mass_down_to[-1]
-    place = min(int(np.searchsorted(mass_down_to, target)), masses.size - 1)
+    place = int(np.searchsorted(mass_down_to, target))
+    if place == masses.size:
+        # Rounding: all of them are a little less than the target.
+        return np.float32(weights.min())
     members = np.sort(weights[classes == masses.size - 1 - place])[::-1]
     above = mass_down_to[place - 1] if place else 0.0
     last = int(np.searchsorted(above + np.cumsum(members, dtype=np.float64), target))

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxpool_server.mlx_backend.sampling.host import pick, top_p_floor
+from mlxpool_server.domain import SamplingParams
+from mlxpool_server.mlx_backend.sampling import host
+from mlxpool_server.mlx_backend.sampling.host import largest, pick, top_p_floor
+from mlxpool_server.mlx_backend.sampling.row import SampledRow
 from references.sampling import picked
 
 
@@ -63,3 +66,48 @@ def test_a_word_without_weight_is_never_picked(seed: int, share: float, last: bo
     for number in [2**-24, 1 - 2**-24, *(min(end, 1 - 2**-24) for end in ends), *rng.random(20)]:
         if number > 0:
             assert weights[pick(weights, float(number))] > 0
+
+
+# ---------------------------------------------------------------- the largest few
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(64, 2000), count=st.integers(1, 40),
+    num_different=st.integers(1, 1000),
+)  # fmt: skip
+def test_the_largest_are_those_of_a_stable_sort(
+    seed: int, size: int, count: int, num_different: int
+) -> None:
+    """In order, and of equal ones the first; or nobody looked, where groups would be small."""
+    rng = np.random.default_rng(seed)
+    # As a bias rules words out.
+    known = np.append(rng.normal(size=num_different), -np.inf).astype(np.float32)
+    values = rng.choice(known, size)
+    places = largest(values, count)
+    if places is None:
+        assert size < 32 * count
+    else:
+        assert places.tolist() == sorted(np.argsort(-values, kind="stable")[:count].tolist())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(400, 3000),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    top_k=st.integers(1, 12),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+)
+def test_looking_at_the_largest_only_changes_no_token(
+    *, seed: int, size: int, spread: float, top_k: int, **filters: float
+) -> None:
+    """The same as with all words' weights, filtered one after the other."""
+    logits = (np.random.default_rng(seed).normal(size=(1, size)) * spread).astype(np.float32)
+    params = SamplingParams(top_k=top_k, seed=seed, **filters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "largest", lambda *_: None)
+        expected = host.sample(logits, [SampledRow(params, [1], size)])
+    assert host.sample(logits, [SampledRow(params, [1], size)]) == expected
