@@ -28,6 +28,8 @@ class ModelState(enum.Enum):
 
 class Capability(enum.Enum):
     CHAT = "chat"
+    TOOLS = "tools"
+    REASONING = "reasoning"
 
 
 class Layout(enum.Enum):
@@ -242,9 +244,31 @@ class Role(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """`parameters_json` is JSON Schema text; empty: the tool takes no arguments."""
+
+    name: str
+    description: str = ""
+    parameters_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """`arguments_json` may be invalid JSON where a caller sends it back."""
+
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: Role
     text: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    # With Role.TOOL: the call answered.
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +278,15 @@ class TextPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
+    """`tools` are those the model may call now: none, when the caller wants no calls."""
+
     messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    # None: the template's default.
+    enable_reasoning: bool | None = None
+    continue_final_message: bool = False
+    # What the template gets besides.
+    variables: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +349,8 @@ class StopConditions:
     """`max_tokens` None: up to the model's context length."""
 
     max_tokens: int | None = None
+    # None: no limit. 0: an answer without a thought.
+    max_reasoning_tokens: int | None = None
     sequences: tuple[str, ...] = ()
     token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
@@ -352,6 +386,7 @@ class FinishReason(enum.Enum):
     STOP_SEQUENCE = "stop_sequence"
     MAX_TOKENS = "max_tokens"
     CONTEXT_LENGTH = "context_length"
+    TOOL_CALLS = "tool_calls"
     TIME_LIMIT = "time_limit"
     CANCELLED = "cancelled"
 
@@ -380,14 +415,43 @@ class GenerationProgress:
     prompt_tokens: int = 0
 
 
+class Channel(enum.Enum):
+    TEXT = "text"
+    REASONING = "reasoning"
+    # A call as the model wrote it, whole.
+    CALL = "call"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """A piece of output in one channel.
+
+    Of a call, `text` is what stands between its markers, `raw` with them.
+    """
+
+    channel: Channel
+    text: str
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    index: int
+    call: ToolCall
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationDelta:
-    """New text (whole characters only) since the last delta."""
+    """New output (whole characters only) since the last delta, in at most one channel."""
 
     text: str
     # All tokens generated so far, not only this delta's.
     completion_tokens: int
     token_ids: tuple[int, ...] = ()
+    reasoning: str = ""
+    tool_call: ToolCallDelta | None = None
+    # A call that nobody has read yet: the pool puts tool_call, or text, in its place.
+    unread_call: OutputPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +459,8 @@ class TokenUsage:
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int = 0
+    # Part of completion_tokens; the markers around a thought are not counted.
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +484,10 @@ class GenerationFinished:
     stop_sequence: str = ""
     stop_token_id: int | None = None
     token_ids: tuple[int, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    # All output in order, when there are calls in it that nobody has read yet.
+    unread_parts: tuple[OutputPart, ...] = ()
 
 
 GenerationEvent = GenerationStarted | GenerationProgress | GenerationDelta | GenerationFinished

@@ -79,6 +79,14 @@ class CapabilityMissingError(MlxpoolError):
         self.capability = capability
 
 
+class MalformedCallError(ValueError):
+    """The model wrote no tool call that can be read: its text goes to the caller, no error."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"no tool call: {problem}")
+        self.problem = problem
+
+
 class PoolMemoryLimitError(MlxpoolError, MemoryError):
     """`available_bytes` is what the pool could free at most for this request."""
 

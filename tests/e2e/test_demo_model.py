@@ -12,7 +12,7 @@ import pytest
 from mlx_lm import stream_generate
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
-from mlxpool_server.domain import ChatMessage, Layout, ModelSpec, Role, SamplingParams
+from mlxpool_server.domain import ChatMessage, ChatPrompt, Layout, ModelSpec, Role, SamplingParams
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
 from mlxpool_server.mlx_backend.memory import MlxMemory
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
@@ -62,7 +62,7 @@ def tokenizer(loader: MlxLoader, spec: ModelSpec) -> MlxTokenizer:
 
 
 def prompt_of(tokenizer: MlxTokenizer, question: str) -> tuple[int, ...]:
-    text = tokenizer.render_chat([ChatMessage(Role.USER, question)])
+    text = tokenizer.render_chat(ChatPrompt((ChatMessage(Role.USER, question),)))
     return tokenizer.encode(text, add_special_tokens=False)
 
 

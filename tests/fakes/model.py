@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -85,6 +86,9 @@ class FakeBatch:
         for slot in slots:
             del self.slots[slot]
             self.prompts.pop(slot, None)
+
+    def force(self, slot: int, token_ids: Sequence[int]) -> None:
+        self.slots[slot] = itertools.chain(token_ids, self.slots[slot])
 
     def step(self) -> StepOutput:
         if (steps := self.model.steps) is not None:

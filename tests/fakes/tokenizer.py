@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import codecs
 import threading
-from collections.abc import Sequence
 
-from mlxpool_server.domain import ChatMessage, Role
-from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.domain import ChatPrompt, Role, ToolCall
+from mlxpool_server.engine.backend import ChannelSorter
+from mlxpool_server.errors import InvalidFieldError, MalformedCallError
+from mlxpool_server.mlx_backend.channel_sorter import CALL, NORMAL, REASONING, OutputFormat, Sorter
 
 EOS = 256
 VOCAB_SIZE = 257
+# <thought>, and (name arguments).
+FORMAT = OutputFormat(
+    {
+        NORMAL: (("<", REASONING), ("(", CALL)),
+        REASONING: ((">", NORMAL),),
+        CALL: ((")", NORMAL),),
+    }
+)
 
 
 class FakeDecoder:
@@ -32,8 +41,11 @@ class FakeDecoder:
 class FakeTokenizer:
     """`may_encode` cleared: encoding waits until it is set."""
 
-    def __init__(self, *, has_chat_template: bool = True) -> None:
+    def __init__(self, *, has_chat_template: bool = True, speaks_format: bool = False) -> None:
+        """`speaks_format`: its model marks thoughts and calls, see FORMAT."""
         self.has_chat_template = has_chat_template
+        self.has_tools = self.has_reasoning = speaks_format
+        self.reasoning_end = (ord(">"),)
         self.vocab_size = VOCAB_SIZE
         self.max_token_chars = 1
         self.eos_token_ids = frozenset({EOS})
@@ -49,10 +61,26 @@ class FakeTokenizer:
             raise TimeoutError("the test never let encode go on")
         return tuple(text.encode())
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        if messages[0].role is Role.ASSISTANT:
+    def render_chat(self, chat: ChatPrompt) -> str:
+        if chat.messages[0].role is Role.ASSISTANT:
             raise InvalidFieldError("prompt.chat.messages", "the user has to begin")
-        return "".join(f"<{message.role.value}>{message.text}" for message in messages)
+        return "".join(
+            message.text if chat.tools or chat.variables.get("bare")
+            else f"<{message.role.value}>{message.text}"
+            for message in chat.messages
+        )  # fmt: skip
+
+    def new_sorter(self, chat: ChatPrompt, rendered: str) -> ChannelSorter | None:
+        if not self.has_tools:
+            return None
+        return Sorter(FORMAT if chat.tools else FORMAT.without_calls(), lambda _: "")
+
+    def read_calls(self, text: str, chat: ChatPrompt) -> tuple[ToolCall, ...]:
+        self.threads.add(threading.current_thread().name)
+        name, space, arguments = text.partition(" ")
+        if not space:
+            raise MalformedCallError("it has no arguments")
+        return (ToolCall(f"id-{name}", name, arguments),)
 
     def piece(self, token_id: int) -> bytes:
         self.threads.add(threading.current_thread().name)

@@ -409,16 +409,15 @@ NOT_IMPLEMENTED: list[tuple[str, Message]] = [
             pb.OutputConstraint(choices=pb.Choices(values=["a"])),
         )
     ),
-    ("stop.max_reasoning_tokens", stop(max_reasoning_tokens=0)),
     ("output.top_logprobs", text_request(output=pb.OutputOptions(top_logprobs=0))),
-    (f"{CHAT}tools", text_request(prompt=_chat(tools=[pb.Tool(name="t")]))),
-    (f"{CHAT}tool_choice", text_request(prompt=_chat(tool_choice=pb.ToolChoice()))),
-    (f"{CHAT}enable_reasoning", text_request(prompt=_chat(enable_reasoning=False))),
-    (f"{CHAT}continue_final_message", text_request(prompt=_chat(continue_final_message=True))),
-    (f"{CHAT}template_kwargs", text_request(prompt=_chat(template_kwargs={"a": 1}))),
-    (f"{CHAT}messages[0].reasoning", text_request(prompt=_message(reasoning="r"))),
-    (f"{CHAT}messages[0].tool_calls", text_request(prompt=_message(tool_calls=[pb.ToolCall()]))),
-    (f"{CHAT}messages[0].tool_call_id", text_request(prompt=_message(tool_call_id="c"))),
+    (
+        f"{CHAT}tool_choice.mode",
+        text_request(prompt=_chat(tool_choice=pb.ToolChoice(mode=pb.TOOL_MODE_REQUIRED))),
+    ),
+    (
+        f"{CHAT}tool_choice.tool_name",
+        text_request(prompt=_chat(tool_choice=pb.ToolChoice(tool_name="t"))),
+    ),
     (
         f"{CHAT}messages[0].content[1].image",
         text_request(prompt=_message(content=[pb.ContentPart(image=pb.ImagePart())])),
@@ -427,8 +426,6 @@ NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("draft_model", pb.LoadModelRequest(model="m", draft_model="d")),
     ("adapter", pb.GetModelRequest(model="m", adapter="a")),
     ("adapter", pb.UnloadModelRequest(model="m", adapter="a")),
-    (f"{CHAT}tools", pb.TokenizeRequest(model="m", prompt=_chat(tools=[pb.Tool()]))),
-    (f"{CHAT}tools", pb.CountTokensRequest(model="m", prompt=_chat(tools=[pb.Tool()]))),
     ("Embed", pb.EmbedRequest(model="m")),
 ]
 
@@ -452,10 +449,11 @@ async def test_not_implemented(server: Server, field: str, request_: Message) ->
 HONOURED = {
     "GenerateRequest": "model prompt sampling stop output generation_id priority keep_alive "
     "require_loaded disable_prompt_cache",
-    "StopConditions": "max_tokens sequences token_ids ignore_eos max_duration",
+    "StopConditions": "max_tokens max_reasoning_tokens sequences token_ids ignore_eos max_duration",
     "OutputOptions": "final_only include_token_ids",
-    "ChatPrompt": "messages",
-    "ChatMessage": "role content",
+    "ChatPrompt": "messages tools tool_choice enable_reasoning continue_final_message "
+    "template_kwargs",
+    "ChatMessage": "role content reasoning tool_calls tool_call_id",
     "ContentPart": "text",
     "LoadModelRequest": "model pinned keep_alive disallow_eviction validate_only",
     "GetModelRequest": "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -25,8 +26,17 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_byte_level(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """GPT-2's kind: a token for each byte, and a few merges."""
+def write_byte_level(
+    folder: Path,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    special: Sequence[str] = (),
+    added: Sequence[str] = (),
+) -> None:
+    """GPT-2's kind: a token for each byte, and a few merges.
+
+    `special` tokens have no text, `added` ones do.
+    """
     letters = sorted(byte_alphabet())
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello")]
     vocab = letters + [first + second for first, second in merges]
@@ -35,6 +45,8 @@ def write_byte_level(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
     _write(tokenizer, folder, chat_template)
 
 

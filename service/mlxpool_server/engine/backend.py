@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlxpool_server.domain import SamplingParams
+from mlxpool_server.domain import OutputPart, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,12 @@ class BatchRunner(Protocol):
         """Free these slots before the next step, in whatever phase they are.
 
         No harm for a slot that is not in the batch.
+        """
+
+    def force(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Let the slot's next tokens be these, whatever the model would say.
+
+        Counted from the last token that `step` returned. No harm for a slot that is not here.
         """
 
     def step(self) -> StepOutput:
@@ -71,3 +77,17 @@ class TextDecoder(Protocol):
 
     def finish(self) -> str:
         """Return what is still held back; incomplete characters become U+FFFD."""
+
+
+class ChannelSorter(Protocol):
+    """Tells one sequence's answer from its thoughts and its tool calls."""
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what comes next is a thought."""
+
+    def push(self, token_id: int, text: str) -> tuple[OutputPart, ...]:
+        """Return what is certain by now. `text` is what the token completed."""
+
+    def finish(self, text: str, *, is_cut: bool) -> tuple[OutputPart, ...]:
+        """Return what was held back. `text` is the decoder's last; `is_cut`: more was to come."""

@@ -84,6 +84,7 @@ class ModelRunner:
                 self._emit(sequence.slot, GenerationFailedError(self._name))
                 self._scheduler.remove([sequence])
             else:
+                self._force(sequence)
                 self._tell_prefill(sequence.slot, 0)
         if admitted:
             self._tell_queue()
@@ -150,7 +151,14 @@ class ModelRunner:
         is_first = sequence.state is SequenceState.PREFILLING
         if is_first:
             self._emit(sequence.slot, GenerationProgress(GenerationPhase.DECODING))
-        return self._fold(sequence, partial(sequence.accept, token_id))
+        if self._fold(sequence, partial(sequence.accept, token_id)):
+            return True
+        self._force(sequence)
+        return False
+
+    def _force(self, sequence: Sequence) -> None:
+        if token_ids := sequence.take_forced():
+            self._batch.force(sequence.slot, token_ids)
 
     def _fold(self, sequence: Sequence, fold: Callable[[], SequenceEvents]) -> bool:
         """Pass on what `fold` makes of the sequence; True when it ended, by an error too."""

@@ -12,6 +12,7 @@ from mlxpool_server.domain import (
     GenerationPhase,
     GenerationProgress,
 )
+from mlxpool_server.engine.delta_buffer import DeltaBuffer
 from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.silence_alarm import SilenceAlarm
 from mlxpool_server.errors import MlxpoolError
@@ -36,9 +37,7 @@ class OutputStream:
         self._told_at: float | None = None
         self._progress: GenerationProgress | None = None
         self._latest = GenerationProgress(GenerationPhase.QUEUED)
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._completion_tokens = 0
+        self._deltas = DeltaBuffer()
         self._end: GenerationFinished | MlxpoolError | None = None
         self._wake = asyncio.Event()
 
@@ -55,9 +54,7 @@ class OutputStream:
                 self._latest = item
                 self._progress = item
             case GenerationDelta():
-                self._text.append(item.text)
-                self._token_ids.extend(item.token_ids)
-                self._completion_tokens = item.completion_tokens
+                self._deltas.add(item)
                 self._latest = GenerationProgress(GenerationPhase.DECODING)
                 self._pacer.join(self)
                 self._pacer.tell(self, self._told_at, self._wake.set)
@@ -97,7 +94,7 @@ class OutputStream:
     @property
     def _has_something(self) -> bool:
         """Apart from the end, which comes after it."""
-        return bool(self._progress or self._text or self._token_ids)
+        return self._progress is not None or len(self._deltas) > 0
 
     def _take(self, *, is_silent: bool) -> Iterator[GenerationProgress | GenerationDelta]:
         """What there is; more may come while the reader is busy with one of them."""
@@ -106,15 +103,8 @@ class OutputStream:
         if self._progress is not None:
             progress, self._progress = self._progress, None
             yield progress
-        if self._text or self._token_ids:
-            yield self._take_delta()
-
-    def _take_delta(self) -> GenerationDelta:
-        self._told_at = asyncio.get_running_loop().time()
-        self._pacer.told(self)
-        delta = GenerationDelta(
-            "".join(self._text), self._completion_tokens, tuple(self._token_ids)
-        )
-        self._text.clear()
-        self._token_ids.clear()
-        return delta
+        # Those that are here now: what comes meanwhile has its own turn.
+        for _ in range(len(self._deltas)):
+            self._told_at = asyncio.get_running_loop().time()
+            self._pacer.told(self)
+            yield self._deltas.take()

@@ -92,6 +92,18 @@ class Instruments:
             _MODEL,
             TIME_PER_TOKEN_S,
         )
+        self._tool_calls = Counter(
+            "mlxpool_tool_calls",
+            "Tool calls that models wrote; malformed ones reach the caller as text.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self._reasoning_tokens = Counter(
+            "mlxpool_reasoning_tokens",
+            "Tokens of thoughts, of generations that ended.",
+            _MODEL,
+            registry=self.registry,
+        )
         self._queue = self._histogram(
             "queue_time_seconds", "Waiting for memory and a place in the batch.", _MODEL, WAIT_S
         )
@@ -121,11 +133,16 @@ class Instruments:
     def generation_finished(self, model: str, finished: GenerationFinished) -> None:
         timings, num_tokens = finished.timings, finished.usage.completion_tokens
         self._generations.labels(model, finished.finish_reason.value).inc()
+        self._reasoning_tokens.labels(model).inc(finished.usage.reasoning_tokens)
         self._queue.labels(model).observe(timings.queue_s)
         if num_tokens > 0:
             self._prefill.labels(model).observe(timings.prefill_s)
         if num_tokens > 1:
             self._per_token.labels(model).observe(timings.decode_s / (num_tokens - 1))
+
+    def tool_call(self, model: str, num_calls: int) -> None:
+        outcome = "read" if num_calls else "malformed"
+        self._tool_calls.labels(model, outcome).inc(max(1, num_calls))
 
     def load_finished(self, model: str, seconds: float) -> None:
         self._load.labels(model).observe(seconds)

@@ -77,6 +77,12 @@ class MlxBatch:
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         self._waiting.append(Row(slot, tuple(prompt), sampled))
 
+    def force(self, slot: int, token_ids: Sequence[int]) -> None:
+        held: list[Prefill | Decode] = [*self._begun, *self._decodes]
+        for row in (*self._waiting, *(row for each in held for row in each.rows)):
+            if row.slot == slot:
+                row.forced = list(token_ids)
+
     def remove(self, slots: Sequence[int]) -> None:
         gone = frozenset(slots)
         self._waiting = deque(row for row in self._waiting if row.slot not in gone)

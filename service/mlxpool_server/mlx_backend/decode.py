@@ -98,7 +98,8 @@ class Decode:
     def step(self) -> list[tuple[int, int]]:
         """Launch a step; return what the one before gave: (slot, token), none at first."""
         launched = self._launched
-        if self._samples_here() or (launched is not None and launched.logits is not None):
+        is_forced = any(row.forced for row in self.rows)
+        if is_forced or self._samples_here() or (launched and launched.logits is not None):
             tokens = self._read(launched)
             # All that was decided is known here now.
             self._feed = self._sampler = None

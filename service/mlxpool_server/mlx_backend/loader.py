@@ -15,7 +15,6 @@ import structlog
 from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import (
-    Capability,
     Footprint,
     HubSource,
     Layout,
@@ -60,6 +59,7 @@ from mlxpool_server.mlx_backend.model_size import (
     vocabulary_of,
 )
 from mlxpool_server.mlx_backend.openblas import OpenBlas
+from mlxpool_server.mlx_backend.output_format import capabilities_of
 from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
@@ -214,7 +214,7 @@ class MlxLoader:
             footprint=footprint,
             warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
             revision=folder.name if isinstance(spec.source, HubSource) else "",
-            capabilities=frozenset({Capability.CHAT}) if has_template else frozenset(),
+            capabilities=capabilities_of(folder) if has_template else frozenset(),
         )
         return _Look(info, choice)
 

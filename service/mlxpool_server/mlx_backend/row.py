@@ -19,6 +19,8 @@ class Row:
     # Those of them that were there before it came.
     num_cached: int = 0
     generated: list[int] = field(default_factory=list)
+    # What comes next, whatever is sampled.
+    forced: list[int] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
@@ -30,5 +32,8 @@ class Row:
         return self.generated[-1]
 
     def accept(self, token: int) -> None:
+        """Take the token that was sampled, or the one that has to come in its place."""
+        if self.forced:
+            token = self.forced.pop(0)
         self.generated.append(token)
         self.sampled.accept(token)

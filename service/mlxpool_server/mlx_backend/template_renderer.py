@@ -1,4 +1,4 @@
-"""Chat templates rendered in other processes, with limits that hold."""
+"""Chat templates rendered, and tool calls read, in other processes, with limits that hold."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from mlxpool_server.domain import ToolCall
 from mlxpool_server.mlx_backend.process_memory import resident_bytes
 from mlxpool_server.mlx_backend.template_worker import LENGTH_BYTES
 
 LIMIT_S = 5.0
+# A call takes some microseconds to read, but for those that make a regular expression suffer.
+CALL_LIMIT_S = 1.0
 MEMORY_BYTES = 1 << 30
 # The worker's own alarm comes first; this is for one that does not heed it.
 GRACE_S = 1.0
@@ -39,6 +42,10 @@ _KEPT_VARIABLES = ("LANG", "LC_ALL", "PATH", "SYSTEMROOT", "TZ", "VIRTUAL_ENV")
 
 class TemplateError(Exception):
     """The template refused, failed or took too much; the text may be shown to callers."""
+
+
+class CallError(Exception):
+    """The text is no tool call, or takes too much to read."""
 
 
 class _WorkerLostError(Exception):
@@ -75,20 +82,37 @@ class TemplateRenderer:
     ) -> str:
         """Return what the template makes of the messages. Raises: TemplateError."""
         request = {"template": template, "messages": messages, "variables": variables}
-        worker = self._take()
-        try:
-            reply = worker.ask(json.dumps(request, default=str).encode(), self._limit_s + GRACE_S)
-        except BaseException as error:
-            worker.kill()
-            if isinstance(error, _WorkerLostError):
-                raise TemplateError(
-                    f"it takes longer than {self._limit_s:g} s, or too much memory"
-                ) from None
-            raise
-        self._put_back(worker)
+        reply = self._ask(request, self._limit_s, TemplateError)
         if "text" not in reply:
             raise TemplateError(str(reply.get("error", "it failed")))
         return str(reply["text"])
+
+    def read_calls(
+        self, parser: str, text: str, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[ToolCall, ...]:
+        """Return the calls in the text, by this parser of mlx-lm's. Raises: CallError."""
+        limit_s = min(CALL_LIMIT_S, self._limit_s)
+        request = {"parser": parser, "text": text, "tools": tools, "limit_s": limit_s}
+        reply = self._ask(request, limit_s, CallError)
+        if "calls" not in reply:
+            raise CallError(str(reply.get("error", "it failed")))
+        return tuple(ToolCall(*map(str, call)) for call in reply["calls"])
+
+    def _ask(
+        self, request: Mapping[str, Any], limit_s: float, error_type: type[Exception]
+    ) -> dict[str, Any]:
+        worker = self._take()
+        try:
+            reply = worker.ask(json.dumps(request, default=str).encode(), limit_s + GRACE_S)
+        except BaseException as error:
+            worker.kill()
+            if isinstance(error, _WorkerLostError):
+                raise error_type(
+                    f"it takes longer than {limit_s:g} s, or too much memory"
+                ) from None
+            raise
+        self._put_back(worker)
+        return reply
 
     def close(self) -> None:
         with self._lock:

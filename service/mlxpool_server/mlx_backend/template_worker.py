@@ -1,4 +1,6 @@
-"""The process that renders chat templates: a template is a program, and may mean harm.
+"""The process that renders chat templates and reads tool calls.
+
+A template is a program, and may mean harm; a call may make a regular expression take for ever.
 
 It knows nothing of the server, can open no file, and is killed by its own alarm when a template
 takes too long, whatever that is doing. Frames on its pipes: 8 bytes of length, then JSON.
@@ -13,6 +15,8 @@ import resource
 import signal
 import sys
 from typing import Any, BinaryIO
+
+from mlxpool_server.mlx_backend.call_parsers import CallParsers
 
 LENGTH_BYTES = 8
 # A longer prompt fits no model.
@@ -52,19 +56,24 @@ def main() -> None:
     for template in _WARM_UPS:
         with contextlib.suppress(Exception):
             render({"messages": messages, "template": template, "variables": {}})
+    calls = CallParsers()
     _give_up_rights(memory_bytes)
     _write(replies, {"ready": True})
-    while (request := _read(requests)) is not None:
+    while (payload := _read(requests)) is not None:
         # The default action: the process ends, without asking Python.
         signal.setitimer(signal.ITIMER_REAL, limit_s)
-        reply = _reply(render, request)
+        reply = _reply(render, calls, payload)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, reply)
 
 
-def _reply(render: Any, request: bytes) -> dict[str, Any]:
+def _reply(render: Any, calls: CallParsers, payload: bytes) -> dict[str, Any]:
     try:
-        text = render(json.loads(request))
+        request = json.loads(payload)
+        if "parser" in request:
+            signal.setitimer(signal.ITIMER_REAL, float(request["limit_s"]))
+            return {"calls": calls.read(request["parser"], request["text"], request["tools"])}
+        text = render(request)
     except MemoryError:
         return {"error": "it takes too much memory"}
     except RecursionError:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
@@ -17,11 +18,14 @@ from mlx_lm.tokenizer_utils import (
 )
 from mlx_lm.utils import load_tokenizer
 
-from mlxpool_server.domain import ChatMessage, Role
-from mlxpool_server.engine.backend import TextDecoder
-from mlxpool_server.errors import InvalidFieldError
+from mlxpool_server.domain import ChatPrompt, ToolCall
+from mlxpool_server.engine.backend import ChannelSorter, TextDecoder
+from mlxpool_server.errors import InvalidFieldError, MalformedCallError
+from mlxpool_server.mlx_backend import chat_variables
+from mlxpool_server.mlx_backend.channel_sorter import REASONING, Sorter
 from mlxpool_server.mlx_backend.foreign_tokenizer import check_growth, panics_as_errors
-from mlxpool_server.mlx_backend.template_renderer import shared_renderer
+from mlxpool_server.mlx_backend.output_format import family_of
+from mlxpool_server.mlx_backend.template_renderer import CallError, shared_renderer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -43,6 +47,7 @@ class MlxTokenizer:
             self._trims_first_space = detokenizer.trim_space
         self._pieces = _pieces_of(wrapper, detokenizer)
         self._max_token_chars = max((len(piece) for piece in self._pieces), default=1)
+        self._family = family_of(wrapper, self._special_ids)
 
     @classmethod
     def read(cls, folder: Path, vocab_size: int, eos_token_ids: object) -> MlxTokenizer:
@@ -96,33 +101,92 @@ class MlxTokenizer:
         with self._lock:
             return tuple(self._wrapper.encode(text, add_special_tokens=add_special_tokens))
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        conversation = [
-            {"role": self._role(message.role), "content": message.text} for message in messages
-        ]
+    @property
+    def has_tools(self) -> bool:
+        return bool(self._family.parser)
+
+    @property
+    def has_reasoning(self) -> bool:
+        return bool(self._family.reasoning_start)
+
+    @property
+    def reasoning_end(self) -> tuple[int, ...]:
+        return self.encode(self._family.reasoning_end, add_special_tokens=False)
+
+    def new_sorter(self, chat: ChatPrompt, rendered: str) -> ChannelSorter | None:
+        output = self._family.format if chat.tools else self._family.format.without_calls()
+        if not output.edges:
+            return None
+        state = REASONING if self._ends_in_thought(chat, rendered) else None
+        return Sorter(output, self._special_text, state)
+
+    def read_calls(self, text: str, chat: ChatPrompt) -> tuple[ToolCall, ...]:
         try:
-            return self._rendered(conversation)
+            return shared_renderer().read_calls(
+                self._family.parser, text, chat_variables.tools(chat)
+            )
+        except CallError as error:
+            raise MalformedCallError(str(error)) from error
+
+    def render_chat(self, chat: ChatPrompt) -> str:
+        tools = chat_variables.tools(chat)
+        conversation = chat_variables.conversation(chat, self._wrapper.chat_template)
+        try:
+            try:
+                return self._rendered(chat, conversation, tools)
+            except Exception:
+                if not any(message.tool_calls for message in chat.messages):
+                    raise
+                # Some templates add strings to the arguments, and want one.
+                as_text = chat_variables.with_text_arguments(conversation)
+                return self._rendered(chat, as_text, tools)
         except Exception as error:  # a template is a program: it may raise anything
             raise InvalidFieldError(
                 "prompt.chat.messages", f"the model's template refuses them: {error}"
             ) from error
 
-    def _rendered(self, conversation: list[dict[str, str]]) -> str:
+    def _rendered(
+        self,
+        chat: ChatPrompt,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+    ) -> str:
         """The folder's template is rendered in another process; mlx-lm's own code in this one."""
         wrapper = self._wrapper
-        if wrapper._chat_template is not None:  # noqa: SLF001 - nothing else tells the two apart
-            return str(
-                wrapper.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True
-                )
-            )
-        # As mlx-lm and transformers would pass them.
-        variables = {
-            **wrapper.special_tokens_map,
-            wrapper._thinking_kwarg: wrapper.has_thinking,  # noqa: SLF001 - as above
-            "add_generation_prompt": True,
+        variables: dict[str, Any] = {
+            **chat_variables.reasoning_switches(chat),
+            **chat.variables,
+            "tools": tools,
+            "add_generation_prompt": not chat.continue_final_message,
         }
+        if chat.continue_final_message:
+            variables["continue_final_message"] = True
+        if wrapper._chat_template is not None:  # noqa: SLF001 - nothing else tells the two apart
+            if "thinking" in variables:
+                variables.pop("thinking")
+            return str(wrapper.apply_chat_template(conversation, tokenize=False, **variables))
+        # As transformers would pass them.
+        variables = {**wrapper.special_tokens_map, **variables}
         return shared_renderer().render(wrapper.get_chat_template(), conversation, variables)
+
+    def _ends_in_thought(self, chat: ChatPrompt, rendered: str) -> bool:
+        """Whether the prompt leaves a thought open.
+
+        Its end is looked at, or the message that goes on: what users write in between may look
+        like a marker, and is none.
+        """
+        start, end = self._family.reasoning_start, self._family.reasoning_end
+        if not start:
+            return False
+        if chat.continue_final_message:
+            text = chat.messages[-1].text
+            return text.rfind(start) > text.rfind(end)
+        return rendered.rstrip().endswith(start)
+
+    def _special_text(self, token_id: int) -> str:
+        if token_id in self._special_ids:
+            return self.piece(token_id).decode("utf-8", "replace")
+        return ""
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
@@ -133,13 +197,6 @@ class MlxTokenizer:
         return ByteDecoder(
             self._pieces, self._special_ids, trims_first_space=self._trims_first_space
         )
-
-    def _role(self, role: Role) -> str:
-        # Templates older than the role know it as system.
-        template = self._wrapper.chat_template
-        if role is Role.DEVELOPER and isinstance(template, str) and "developer" not in template:
-            return Role.SYSTEM.value
-        return role.value
 
 
 def _pieces_of(wrapper: TokenizerWrapper, detokenizer: StreamingDetokenizer) -> tuple[bytes, ...]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from mlxpool_server.domain import (
-    ChatMessage,
+    ChatPrompt,
     DeviceInfo,
     LoadProgress,
     MemoryLimits,
     ModelInfo,
     ModelSpec,
+    ToolCall,
 )
-from mlxpool_server.engine.backend import LoadedModel, TextDecoder
+from mlxpool_server.engine.backend import ChannelSorter, LoadedModel, TextDecoder
 
 
 class Tokenizer(Protocol):
@@ -36,10 +37,30 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Raises: InvalidFieldError when the tokenizer fails on the text."""
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        """Return the prompt text that opens the assistant's turn.
+    def render_chat(self, chat: ChatPrompt) -> str:
+        """Return the prompt text that opens the assistant's turn, or goes on with it.
 
         Raises: InvalidFieldError when the template refuses the messages.
+        """
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it is known how this model writes tool calls."""
+
+    @property
+    def has_reasoning(self) -> bool: ...
+
+    @property
+    def reasoning_end(self) -> tuple[int, ...]:
+        """The tokens that end a thought; none without reasoning."""
+
+    def new_sorter(self, chat: ChatPrompt, rendered: str) -> ChannelSorter | None:
+        """None: there is nothing to tell apart. `rendered` is the chat's prompt text."""
+
+    def read_calls(self, text: str, chat: ChatPrompt) -> tuple[ToolCall, ...]:
+        """Return the calls in a Channel.CALL part; blocks for a while.
+
+        Raises: MalformedCallError.
         """
 
     def piece(self, token_id: int) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mlxpool_server.domain import (
+    ChatPrompt,
     FinishReason,
     GenerationEvent,
     GenerationFinished,
@@ -22,18 +23,23 @@ from mlxpool_server.domain import (
     GenerationStarted,
     GenerationTimings,
     ModelInfo,
+    ModelSpec,
     Priority,
     SamplingParams,
     TokenUsage,
+    ToolCall,
 )
+from mlxpool_server.engine.backend import ChannelSorter
 from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.sequence import SequenceRequest
 from mlxpool_server.errors import (
     RETRY_AFTER_S,
+    CapabilityMissingError,
     DrainingError,
     GenerationIdInUseError,
     GenerationNotFoundError,
+    InvalidFieldError,
     ModelNotLoadedError,
     PromptTooLongError,
     QueueFullError,
@@ -45,6 +51,7 @@ from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader, check_token_ids
 from mlxpool_server.pool.queue_forecast import QueueForecast
 from mlxpool_server.pool.reservations import Reservation
+from mlxpool_server.pool.tool_calls import CallReader
 from mlxpool_server.pool.turn_stream import TurnStream
 
 
@@ -104,6 +111,8 @@ class _Admitted:
     tokenizer: Tokenizer
     sampling: SamplingParams
     revision: str
+    # None: its output is text, whatever is in it.
+    sorter: ChannelSorter | None = None
 
 
 class Generations:
@@ -201,9 +210,11 @@ class Generations:
         check_token_ids("prompt", admitted.prompt, info.vocab_size)
         check_token_ids("sampling.logit_bias", admitted.sampling.logit_bias, info.vocab_size)
         sequence = self._sequence(request, generation, admitted, info, load_s)
+        calls = self._call_reader(lease.spec, request, admitted)
         async with aclosing(self._generate(generation, sequence, info)) as events:
             async for event in events:
-                yield event
+                for each in await calls.read(event):
+                    yield each
 
     async def _generate(
         self, generation: _InFlight, sequence: SequenceRequest, info: ModelInfo
@@ -295,6 +306,8 @@ class Generations:
         info = await self._pool.find_info(spec.name)
         most_tokens = self._most_prompt_tokens(info)
         prompt = await self._prompts.read(spec, request.prompt, most_tokens, tokenizer)
+        chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None
+        _check_reasoning_limit(spec.name, request, tokenizer)
         check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocab_size)
         check_token_ids("stop.token_ids", request.stop.token_ids, tokenizer.vocab_size)
         # A tokenizer may know more tokens than the model: an id too large crashes the process.
@@ -311,11 +324,22 @@ class Generations:
             tokenizer=tokenizer,
             sampling=_with_seed(request.sampling),
             revision="" if info is None else info.revision,
+            sorter=None if chat is None else tokenizer.new_sorter(chat, prompt.text),
         )
 
     def _most_prompt_tokens(self, info: ModelInfo | None) -> int | None:
         limits = [self._limits.max_prompt_tokens, None if info is None else info.context_length]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def _call_reader(
+        self, spec: ModelSpec, request: GenerationRequest, admitted: _Admitted
+    ) -> CallReader:
+        async def read(text: str) -> tuple[ToolCall, ...]:
+            # Other prompts have no sorter, so nothing in their output is taken for a call.
+            chat = request.prompt if isinstance(request.prompt, ChatPrompt) else ChatPrompt(())
+            return await self._prompts.read_calls(spec, admitted.tokenizer, text, chat)
+
+        return CallReader(read, partial(self._pool.activity.observer.tool_call, spec.name))
 
     def _sequence(
         self,
@@ -344,6 +368,9 @@ class Generations:
             final_only=request.output.final_only,
             expires_at=generation.expires_at,
             priority=request.priority,
+            sorter=admitted.sorter,
+            max_reasoning_tokens=stop.max_reasoning_tokens,
+            reasoning_end=() if admitted.sorter is None else tokenizer.reasoning_end,
         )
 
     def _max_tokens(
@@ -396,6 +423,15 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
         return sampling
     # Below 2**53, so that every JSON reader can hand it back unharmed.
     return replace(sampling, seed=random.getrandbits(53))
+
+
+def _check_reasoning_limit(model: str, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+    if request.stop.max_reasoning_tokens is None:
+        return
+    if not isinstance(request.prompt, ChatPrompt):
+        raise InvalidFieldError("stop.max_reasoning_tokens", "goes with prompt.chat only")
+    if not tokenizer.has_reasoning:
+        raise CapabilityMissingError(model, "reasoning", "leave max_reasoning_tokens unset")
 
 
 def _finished_unrun(

@@ -18,6 +18,9 @@ class PoolObserver(Protocol):
 
     def generation_finished(self, model: str, finished: GenerationFinished) -> None: ...
 
+    def tool_call(self, model: str, num_calls: int) -> None:
+        """A model wrote so many calls at once; 0: what it wrote could not be read."""
+
     def load_finished(self, model: str, seconds: float) -> None:
         """A load that succeeded, so long after it was asked for."""
 
@@ -30,5 +33,7 @@ class Unobserved:
     def inter_token(self, model: str, seconds: float) -> None: ...
 
     def generation_finished(self, model: str, finished: GenerationFinished) -> None: ...
+
+    def tool_call(self, model: str, num_calls: int) -> None: ...
 
     def load_finished(self, model: str, seconds: float) -> None: ...

@@ -14,6 +14,7 @@ from mlxpool_server.domain import (
     TextPrompt,
     Tokenization,
     TokenPrompt,
+    ToolCall,
 )
 from mlxpool_server.errors import (
     CapabilityMissingError,
@@ -83,6 +84,12 @@ class PromptReader:
             tokenizer = await self._tokenizers.get(spec)
         return await self._on_thread(spec, partial(_read, spec.name, tokenizer, prompt, max_tokens))
 
+    async def read_calls(
+        self, spec: ModelSpec, tokenizer: Tokenizer, text: str, chat: ChatPrompt
+    ) -> tuple[ToolCall, ...]:
+        """Raises: MalformedCallError."""
+        return await self._on_thread(spec, partial(tokenizer.read_calls, text, chat))
+
     async def tokenize(
         self, spec: ModelSpec, prompt: Prompt, *, include_pieces: bool
     ) -> Tokenization:
@@ -118,10 +125,9 @@ def _read(
         case TextPrompt(text):
             _check_length(tokenizer, text, max_tokens)
             rendered = RenderedPrompt(tokenizer.encode(text, add_special_tokens=True), text)
-        case ChatPrompt(messages):
-            if not tokenizer.has_chat_template:
-                raise CapabilityMissingError(model, "chat template", "send prompt.text instead")
-            text = tokenizer.render_chat(messages)
+        case ChatPrompt():
+            _check_capabilities(model, tokenizer, prompt)
+            text = tokenizer.render_chat(prompt)
             _check_length(tokenizer, text, max_tokens)
             # The template writes the special tokens itself.
             rendered = RenderedPrompt(tokenizer.encode(text, add_special_tokens=False), text)
@@ -139,3 +145,12 @@ def _check_length(tokenizer: Tokenizer, text: str, max_tokens: int | None) -> No
     if max_tokens is not None and fewest > max_tokens:
         what = "the most that the model's context and this server allow"
         raise PromptTooLongError(fewest, max_tokens, what, is_lower_bound=True)
+
+
+def _check_capabilities(model: str, tokenizer: Tokenizer, chat: ChatPrompt) -> None:
+    if not tokenizer.has_chat_template:
+        raise CapabilityMissingError(model, "chat template", "send prompt.text instead")
+    if chat.tools and not tokenizer.has_tools:
+        raise CapabilityMissingError(model, "tool calls", "send no prompt.chat.tools")
+    if chat.enable_reasoning and not tokenizer.has_reasoning:
+        raise CapabilityMissingError(model, "reasoning", "leave enable_reasoning unset")

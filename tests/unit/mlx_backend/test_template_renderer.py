@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxpool_server.domain import ChatMessage, Role
+from mlxpool_server.domain import ChatMessage, ChatPrompt, Role
 from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.mlx_backend import tokenizer as tokenizer_module
 from mlxpool_server.mlx_backend.process_memory import resident_bytes, resident_bytes_by_ps
@@ -210,8 +210,8 @@ def test_a_folders_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tokenizer_module, "shared_renderer", lambda: renderer)
     tokenizer = MlxTokenizer.read(tmp_path, 0, None)
     with pytest.raises(InvalidFieldError, match="takes longer than 1 s"):
-        tokenizer.render_chat([ChatMessage(Role.USER, "hang")])
-    assert tokenizer.render_chat([ChatMessage(Role.USER, "go on")]) == "[user]go on"
+        tokenizer.render_chat(ChatPrompt((ChatMessage(Role.USER, "hang"),)))
+    assert tokenizer.render_chat(ChatPrompt((ChatMessage(Role.USER, "go on"),))) == "[user]go on"
     renderer.close()
 
 

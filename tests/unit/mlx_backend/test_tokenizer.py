@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlxpool_server.domain import ChatMessage, Role
+from mlxpool_server.domain import ChatMessage, ChatPrompt, Role
 from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.mlx_backend.foreign_tokenizer import TokenizerError
 from mlxpool_server.mlx_backend.tokenizer import ByteDecoder, MlxTokenizer, SlowDecoder
@@ -52,6 +52,10 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> MlxTokenizer:
 
 def encode(tokenizer: MlxTokenizer, text: str) -> tuple[int, ...]:
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def render(tokenizer: MlxTokenizer, *messages: ChatMessage) -> str:
+    return tokenizer.render_chat(ChatPrompt(messages))
 
 
 def is_sentence_piece(tokenizer: MlxTokenizer) -> bool:
@@ -142,7 +146,7 @@ def test_threads_share_a_tokenizer(tokenizer: MlxTokenizer) -> None:
 
     def work(index: int) -> bool:
         at = index % len(texts)
-        rendered = tokenizer.render_chat([ChatMessage(Role.USER, texts[at])])
+        rendered = render(tokenizer, ChatMessage(Role.USER, texts[at]))
         return (
             encode(tokenizer, texts[at]) == expected[at]
             and texts[at] in rendered
@@ -159,16 +163,16 @@ def test_threads_share_a_tokenizer(tokenizer: MlxTokenizer) -> None:
 def test_chat_is_rendered_with_the_models_template(tokenizer: MlxTokenizer) -> None:
     """And opens the assistant's turn."""
     messages = [ChatMessage(Role.SYSTEM, "be brief"), ChatMessage(Role.USER, "hi")]
-    assert tokenizer.render_chat(messages) == "[system]be brief\n[user]hi\n[assistant]"
+    assert render(tokenizer, *messages) == "[system]be brief\n[user]hi\n[assistant]"
 
 
 def test_developer_is_system_where_the_template_is_older(tmp_path: Path) -> None:
     """A template that knows the role gets it."""
     write_byte_level(tmp_path / "old", chat_template="{{ messages[0].role }}")
     write_byte_level(tmp_path / "new", chat_template="{# developer #}{{ messages[0].role }}")
-    message = [ChatMessage(Role.DEVELOPER, "x")]
-    assert MlxTokenizer.read(tmp_path / "old", 0, None).render_chat(message) == "system"
-    assert MlxTokenizer.read(tmp_path / "new", 0, None).render_chat(message) == "developer"
+    message = ChatMessage(Role.DEVELOPER, "x")
+    assert render(MlxTokenizer.read(tmp_path / "old", 0, None), message) == "system"
+    assert render(MlxTokenizer.read(tmp_path / "new", 0, None), message) == "developer"
 
 
 @pytest.mark.parametrize(
@@ -181,13 +185,13 @@ def test_template_that_fails(template: str, tmp_path: Path) -> None:
     write_byte_level(tmp_path, chat_template=template)
     tokenizer = MlxTokenizer.read(tmp_path, 0, None)
     with pytest.raises(InvalidFieldError, match=r"prompt\.chat\.messages"):
-        tokenizer.render_chat([ChatMessage(Role.USER, "x")])
+        render(tokenizer, ChatMessage(Role.USER, "x"))
 
 
 def test_role_out_of_order(tokenizer: MlxTokenizer) -> None:
     """The template's own words reach the caller."""
     with pytest.raises(InvalidFieldError, match="roles must alternate"):
-        tokenizer.render_chat([ChatMessage(Role.ASSISTANT, "x")])
+        render(tokenizer, ChatMessage(Role.ASSISTANT, "x"))
 
 
 def test_no_template(tmp_path: Path) -> None:

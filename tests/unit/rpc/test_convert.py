@@ -13,7 +13,7 @@ from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server import domain
 from mlxpool_server.errors import InvalidFieldError
-from mlxpool_server.rpc.convert import reading, requests, responses
+from mlxpool_server.rpc.convert import chats, reading, requests, responses
 
 LIMITS = requests.RequestLimits(max_stop_sequences=4, max_stop_sequence_chars=8)
 
@@ -105,7 +105,7 @@ def test_finished_message_is_the_next_turns_input() -> None:
 @pytest.mark.parametrize(
     ("wire", "ours"),
     [
-        (pb.Role, requests.ROLES),
+        (pb.Role, chats.ROLES),
         (pb.Priority, requests.PRIORITIES),
         (pb.ModelState, requests.STATES),
     ],

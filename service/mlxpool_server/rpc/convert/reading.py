@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -65,3 +65,9 @@ def refuse(message: Message, prefix: str, *names: str) -> None:
         is_set = message.HasField(name) if field.has_presence else bool(getattr(message, name))
         if is_set:
             raise NotImplementedFieldError(f"{prefix}{name}")
+
+
+def check_count(values: Sized, most: int, path: str) -> None:
+    """Raises: InvalidFieldError for more entries than that."""
+    if len(values) > most:
+        raise InvalidFieldError(path, f"has {len(values)} entries; at most {most} are allowed")

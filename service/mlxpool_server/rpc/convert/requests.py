@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server.domain import (
-    ChatMessage,
-    ChatPrompt,
     GenerationRequest,
     LoadOptions,
     MemoryLimits,
@@ -19,22 +16,22 @@ from mlxpool_server.domain import (
     OutputOptions,
     Priority,
     Prompt,
-    Role,
     SamplingParams,
     StopConditions,
     TextPrompt,
     TokenPrompt,
 )
 from mlxpool_server.errors import InvalidFieldError
-from mlxpool_server.rpc.convert.reading import choice, count, number, refuse, seconds
+from mlxpool_server.rpc.convert.chats import chat_prompt
+from mlxpool_server.rpc.convert.reading import (
+    check_count,
+    choice,
+    count,
+    number,
+    refuse,
+    seconds,
+)
 
-ROLES: dict[int, Role] = {
-    pb.ROLE_SYSTEM: Role.SYSTEM,
-    pb.ROLE_USER: Role.USER,
-    pb.ROLE_ASSISTANT: Role.ASSISTANT,
-    pb.ROLE_TOOL: Role.TOOL,
-    pb.ROLE_DEVELOPER: Role.DEVELOPER,
-}
 PRIORITIES: dict[int, Priority] = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
     pb.PRIORITY_LOW: Priority.LOW,
@@ -54,9 +51,6 @@ NamesModel: TypeAlias = (
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100
 MAX_STOP_TOKEN_IDS = 256
-# A template takes far fewer; a million would keep the event loop busy for seconds.
-MAX_MESSAGES = 4096
-MAX_CONTENT_PARTS = 4096
 MAX_ENUM_VALUES = 16
 MAX_GENERATION_ID_CHARS = 128
 WATCH_INTERVAL_S = (0.1, 1.0, 60.0)
@@ -76,7 +70,6 @@ def generation_request(
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
     refuse(request, "", "adapter", "constraint")
-    refuse(request.stop, "stop.", "max_reasoning_tokens")
     refuse(request.output, "output.", "top_logprobs")
     generation_id = request.generation_id
     if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
@@ -119,7 +112,7 @@ def model_name(request: NamesModel) -> str:
 
 def states(request: pb.ListModelsRequest) -> frozenset[ModelState]:
     """Which states to list; every one when the caller names none."""
-    _check_count(request.states, MAX_ENUM_VALUES, "states")
+    check_count(request.states, MAX_ENUM_VALUES, "states")
     named = (choice(state, STATES, "states") for state in request.states)
     return frozenset(named) or frozenset(ModelState)
 
@@ -131,7 +124,7 @@ def prompt(message: pb.Prompt) -> Prompt:
                 raise InvalidFieldError("prompt.text", "is empty")
             return TextPrompt(message.text)
         case "chat":
-            return _chat(message.chat)
+            return chat_prompt(message.chat)
         case "tokens":
             if not message.tokens.ids:
                 raise InvalidFieldError("prompt.tokens.ids", "is empty")
@@ -157,7 +150,7 @@ def cache_kinds(request: memory_pb.ClearCacheRequest) -> frozenset[int]:
         memory_pb.CACHE_KIND_BUFFERS: memory_pb.CACHE_KIND_BUFFERS,
         memory_pb.CACHE_KIND_PROMPTS: memory_pb.CACHE_KIND_PROMPTS,
     }
-    _check_count(request.kinds, MAX_ENUM_VALUES, "kinds")
+    check_count(request.kinds, MAX_ENUM_VALUES, "kinds")
     kinds = frozenset(choice(kind, known, "kinds") for kind in request.kinds)
     return kinds or frozenset({memory_pb.CACHE_KIND_BUFFERS})
 
@@ -175,51 +168,8 @@ def _model(name: str) -> str:
     return name
 
 
-def _check_count(values: Sized, most: int, path: str) -> None:
-    if len(values) > most:
-        raise InvalidFieldError(path, f"has {len(values)} entries; at most {most} are allowed")
-
-
 def _keep_alive(request: pb.GenerateRequest | pb.LoadModelRequest) -> float | None:
     return seconds(request.keep_alive, "keep_alive") if request.HasField("keep_alive") else None
-
-
-def _chat(chat: pb.ChatPrompt) -> ChatPrompt:
-    refuse(
-        chat,
-        "prompt.chat.",
-        "tools",
-        "tool_choice",
-        "enable_reasoning",
-        "continue_final_message",
-        "template_kwargs",
-    )
-    _check_count(chat.messages, MAX_MESSAGES, "prompt.chat.messages")
-    if sum(len(message.content) for message in chat.messages) > MAX_CONTENT_PARTS:
-        raise InvalidFieldError(
-            "prompt.chat.messages", f"have more than {MAX_CONTENT_PARTS} content parts together"
-        )
-    if not chat.messages:
-        raise InvalidFieldError("prompt.chat.messages", "is empty")
-    return ChatPrompt(
-        tuple(
-            _message(message, f"prompt.chat.messages[{index}].")
-            for index, message in enumerate(chat.messages)
-        )
-    )
-
-
-def _message(message: pb.ChatMessage, prefix: str) -> ChatMessage:
-    refuse(message, prefix, "reasoning", "tool_calls", "tool_call_id")
-    for index, part in enumerate(message.content):
-        refuse(part, f"{prefix}content[{index}].", "image")
-        if not part.HasField("text"):
-            # A newer client's kind of part looks so: dropping it would change the prompt.
-            raise InvalidFieldError(f"{prefix}content[{index}]", "has no text")
-    return ChatMessage(
-        role=choice(message.role, ROLES, f"{prefix}role"),
-        text="".join(part.text for part in message.content),
-    )
 
 
 def _sampling(sampling: pb.SamplingParams) -> SamplingParams:
@@ -278,6 +228,7 @@ def _stop(stop: pb.StopConditions, limits: RequestLimits) -> StopConditions:
             raise InvalidFieldError("stop.max_duration", "is 0; it has to be longer")
     return StopConditions(
         max_tokens=count(stop, "stop.max_tokens", None, low=1),
+        max_reasoning_tokens=count(stop, "stop.max_reasoning_tokens", None, low=0),
         sequences=tuple(stop.sequences),
         token_ids=frozenset(stop.token_ids),
         ignore_eos=stop.ignore_eos,

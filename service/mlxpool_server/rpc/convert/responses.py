@@ -17,7 +17,11 @@ from mlxpool_server.rpc.convert.requests import STATES
 LAST_TIMESTAMP_S = 253_402_300_799
 
 STATE_TO_WIRE = {state: value for value, state in STATES.items()}
-CAPABILITY_TO_WIRE = {domain.Capability.CHAT: pb.MODEL_CAPABILITY_CHAT}
+CAPABILITY_TO_WIRE = {
+    domain.Capability.CHAT: pb.MODEL_CAPABILITY_CHAT,
+    domain.Capability.TOOLS: pb.MODEL_CAPABILITY_TOOLS,
+    domain.Capability.REASONING: pb.MODEL_CAPABILITY_REASONING,
+}
 LOAD_PHASE_TO_WIRE = {
     domain.LoadPhase.QUEUED: pb.LOAD_PHASE_QUEUED,
     domain.LoadPhase.DOWNLOADING: pb.LOAD_PHASE_DOWNLOADING,
@@ -36,6 +40,7 @@ REASON_TO_WIRE = {
     domain.FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
     domain.FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
     domain.FinishReason.CONTEXT_LENGTH: pb.FINISH_REASON_CONTEXT_LENGTH,
+    domain.FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
     domain.FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
     domain.FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
@@ -106,12 +111,8 @@ def generation_event(event: domain.GenerationEvent) -> pb.GenerateResponse:
             return pb.GenerateResponse(started=started)
         case domain.GenerationProgress():
             return pb.GenerateResponse(progress=_generation_progress(event))
-        case domain.GenerationDelta(text, completion_tokens, token_ids):
-            delta = pb.GenerationDelta(completion_tokens=completion_tokens, token_ids=token_ids)
-            # No channel at all when only ids came.
-            if text:
-                delta.text = text
-            return pb.GenerateResponse(delta=delta)
+        case domain.GenerationDelta():
+            return pb.GenerateResponse(delta=_delta(event))
         case domain.GenerationFinished():
             return pb.GenerateResponse(finished=_generation_finished(event))
         case _:
@@ -207,13 +208,35 @@ def _generation_progress(progress: domain.GenerationProgress) -> pb.GenerationPr
     )
 
 
+def _delta(event: domain.GenerationDelta) -> pb.GenerationDelta:
+    delta = pb.GenerationDelta(completion_tokens=event.completion_tokens, token_ids=event.token_ids)
+    # No channel at all when only ids came.
+    if event.text:
+        delta.text = event.text
+    elif event.reasoning:
+        delta.reasoning = event.reasoning
+    elif event.tool_call is not None:
+        call = event.tool_call.call
+        delta.tool_call.index = event.tool_call.index
+        delta.tool_call.id = call.id
+        delta.tool_call.name = call.name
+        delta.tool_call.arguments_json = call.arguments_json
+    return delta
+
+
 def _generation_finished(event: domain.GenerationFinished) -> pb.GenerationFinished:
     usage, timings = event.usage, event.timings
     first = timings.time_to_first_token_s
     return pb.GenerationFinished(
         finish_reason=REASON_TO_WIRE[event.finish_reason],
         message=pb.ChatMessage(
-            role=pb.ROLE_ASSISTANT, content=[pb.ContentPart(text=event.text)] if event.text else []
+            role=pb.ROLE_ASSISTANT,
+            content=[pb.ContentPart(text=event.text)] if event.text else [],
+            reasoning=event.reasoning,
+            tool_calls=[
+                pb.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
+                for call in event.tool_calls
+            ],
         ),
         stop_sequence=event.stop_sequence,
         stop_token_id=event.stop_token_id,
@@ -221,6 +244,7 @@ def _generation_finished(event: domain.GenerationFinished) -> pb.GenerationFinis
             prompt_tokens=usage.prompt_tokens,
             cached_prompt_tokens=usage.cached_prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
         ),
         timings=pb.GenerationTimings(
             queue=duration(timings.queue_s),

@@ -1,0 +1,160 @@
+"""Tells an answer from thoughts and tool calls by the model's markers, as its tokens come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mlxpool_server.domain import Channel, OutputPart
+
+# No call is longer; a model that repeats itself writes on as text.
+MAX_CALL_CHARS = 256 * 1024
+
+NORMAL, REASONING, CALL = "normal", "reasoning", "tool"
+_CHANNELS = {NORMAL: Channel.TEXT, REASONING: Channel.REASONING}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """A model's markers, with mlx-lm's names of the states between them.
+
+    Text in a state of another name is part of no channel: headers of messages.
+    """
+
+    # From a state: (the marker, the state behind it).
+    edges: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    # Special tokens have no text, but for these.
+    shown_ids: frozenset[int] = frozenset()
+    initial: str = NORMAL
+
+    def without_calls(self) -> OutputFormat:
+        """For a request without tools: what looks like a call is text."""
+        edges = {
+            state: tuple(edge for edge in edges if edge[1] != CALL)
+            for state, edges in self.edges.items()
+            if state != CALL
+        }
+        return OutputFormat(edges, self.shown_ids, self.initial)
+
+
+class Sorter:
+    """Implements the engine's ChannelSorter. Markers are found in text, however tokens split it.
+
+    The marker that ends first wins, the longest of those. White space behind a marker is dropped.
+    """
+
+    def __init__(
+        self,
+        output_format: OutputFormat,
+        special_text: Callable[[int], str],
+        state: str | None = None,
+    ) -> None:
+        """`special_text`: of a special token, empty for others; `state`: where the prompt ends."""
+        self._format = output_format
+        self._special_text = special_text
+        self._state = output_format.initial if state is None else state
+        # It may turn out to be the start of a marker.
+        self._held = ""
+        self._skips_space = state is not None and state != output_format.initial
+        # Text of no channel, as long as nothing was of any.
+        self._unsorted: list[str] | None = []
+        self._call_start = ""
+        self._call: list[str] = []
+        self._call_chars = 0
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._state == REASONING
+
+    def push(self, token_id: int, text: str) -> tuple[OutputPart, ...]:
+        is_shown = token_id in self._format.shown_ids or self._state not in _CHANNELS
+        if not text and is_shown:
+            text = self._special_text(token_id)
+        return self._read(text) if text else ()
+
+    def finish(self, text: str, *, is_cut: bool) -> tuple[OutputPart, ...]:
+        parts = list(self._read(text)) if text else []
+        held, self._held = self._held, ""
+        parts += self._text(held)
+        if self._state == CALL:
+            # Where nothing marks a call's end, the end of the output does.
+            has_end = bool(self._format.edges.get(CALL))
+            parts += self._give_up() if is_cut and has_end else self._end_call("")
+        if self._unsorted:
+            # A model that does not keep to its format.
+            parts.append(OutputPart(Channel.TEXT, "".join(self._unsorted)))
+        return tuple(parts)
+
+    def _read(self, text: str) -> tuple[OutputPart, ...]:
+        parts: list[OutputPart] = []
+        pending = self._held + text
+        while True:
+            edges = self._format.edges.get(self._state, ())
+            match = _first_match(pending, edges)
+            if match is None:
+                break
+            start, marker, state = match
+            parts += self._text(pending[:start])
+            pending = pending[start + len(marker) :]
+            parts += self._pass(marker, state)
+        num_held = _open_tail(pending, edges)
+        self._held = pending[len(pending) - num_held :]
+        parts += self._text(pending[: len(pending) - num_held])
+        return tuple(parts)
+
+    def _pass(self, marker: str, state: str) -> list[OutputPart]:
+        """Leave a state by its marker."""
+        self._unsorted = None
+        parts = self._end_call(marker) if self._state == CALL else []
+        if state == CALL:
+            self._call_start = marker
+        self._state = state
+        self._skips_space = True
+        return parts
+
+    def _text(self, text: str) -> list[OutputPart]:
+        if self._state == CALL:
+            self._call.append(text)
+            self._call_chars += len(text)
+            return self._give_up() if self._call_chars > MAX_CALL_CHARS else []
+        channel = _CHANNELS.get(self._state)
+        if channel is None:
+            if self._unsorted is not None and text:
+                self._unsorted.append(text)
+            return []
+        if self._skips_space:
+            text = text.lstrip()
+            self._skips_space = not text
+        return [OutputPart(channel, text)] if text else []
+
+    def _end_call(self, marker: str) -> list[OutputPart]:
+        body, start = self._take_call()
+        return [OutputPart(Channel.CALL, body, start + body + marker)]
+
+    def _give_up(self) -> list[OutputPart]:
+        """It is no call: what there is of it is text."""
+        body, start = self._take_call()
+        self._state = NORMAL
+        return [OutputPart(Channel.TEXT, start + body)]
+
+    def _take_call(self) -> tuple[str, str]:
+        body, start = "".join(self._call), self._call_start
+        self._call, self._call_chars, self._call_start = [], 0, ""
+        return body, start
+
+
+def _first_match(text: str, edges: Sequence[tuple[str, str]]) -> tuple[int, str, str] | None:
+    matches = [
+        (start, marker, state) for marker, state in edges if (start := text.find(marker)) >= 0
+    ]
+    return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+
+
+def _open_tail(text: str, edges: Sequence[tuple[str, str]]) -> int:
+    """How much of the text's end may be the start of a marker."""
+    longest = max((len(marker) for marker, _ in edges), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        tail = text[-size:]
+        if any(marker.startswith(tail) for marker, _ in edges):
+            return size
+    return 0

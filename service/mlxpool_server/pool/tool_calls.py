@@ -1,0 +1,93 @@
+"""Puts read tool calls in the place of those that the engine found in a model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from mlxpool_server.domain import (
+    Channel,
+    FinishReason,
+    GenerationDelta,
+    GenerationEvent,
+    GenerationFinished,
+    OutputPart,
+    ToolCall,
+    ToolCallDelta,
+)
+from mlxpool_server.errors import MalformedCallError
+
+
+class CallReader:
+    """For one generation. A call that cannot be read is text, where it stood."""
+
+    def __init__(
+        self,
+        read: Callable[[str], Awaitable[tuple[ToolCall, ...]]],
+        tell: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`read` raises MalformedCallError; `tell` gets how many calls were in a text."""
+        self._read = read
+        self._tell = tell
+        # What each call of the output came to, in order: none is read twice.
+        self._outcomes: list[tuple[ToolCall, ...]] = []
+        self._num_calls = 0
+
+    async def read(self, event: GenerationEvent) -> tuple[GenerationEvent, ...]:
+        """Return what the caller should see of it."""
+        if isinstance(event, GenerationDelta) and event.unread_call is not None:
+            return await self._delta(event, event.unread_call)
+        if isinstance(event, GenerationFinished) and event.unread_parts:
+            return (await self._finished(event),)
+        return (event,)
+
+    async def _delta(self, delta: GenerationDelta, part: OutputPart) -> tuple[GenerationDelta, ...]:
+        calls = await self._outcome(len(self._outcomes), part)
+        if not calls:
+            return (replace(delta, text=part.raw, unread_call=None),)
+        deltas = []
+        for place, call in enumerate(calls):
+            deltas.append(
+                replace(
+                    delta,
+                    tool_call=ToolCallDelta(self._num_calls, call),
+                    unread_call=None,
+                    token_ids=delta.token_ids if place == 0 else (),
+                )
+            )
+            self._num_calls += 1
+        return tuple(deltas)
+
+    async def _finished(self, finished: GenerationFinished) -> GenerationFinished:
+        text: list[str] = []
+        calls: list[ToolCall] = []
+        number = 0
+        for part in finished.unread_parts:
+            if part.channel is Channel.TEXT:
+                text.append(part.text)
+            elif part.channel is Channel.CALL:
+                found = await self._outcome(number, part)
+                number += 1
+                calls += found
+                if not found:
+                    text.append(part.raw)
+        is_calling = calls and finished.finish_reason is FinishReason.STOP
+        return replace(
+            finished,
+            finish_reason=FinishReason.TOOL_CALLS if is_calling else finished.finish_reason,
+            text="".join(text),
+            tool_calls=tuple(calls),
+            unread_parts=(),
+        )
+
+    async def _outcome(self, number: int, part: OutputPart) -> tuple[ToolCall, ...]:
+        """The calls in the output's part of this number; none when it cannot be read."""
+        if number < len(self._outcomes):
+            return self._outcomes[number]
+        try:
+            calls = await self._read(part.text)
+        except MalformedCallError:
+            calls = ()
+        self._outcomes.append(calls)
+        self._tell(len(calls))
+        return calls
