@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - DeepSeek writes its tokens with such bars
 """Models of several families: their real chat templates, their markers, and what they write.
 
 The outputs are in the form that the models' own templates and documentation show. Tokenizers are
@@ -6,6 +7,7 @@ byte-level with the family's special tokens, so that every marker that is no tok
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +46,15 @@ class Family:
 
     def read(self, folder: Path) -> MlxTokenizer:
         template = (TEMPLATES / f"{self.template}.jinja").read_text(encoding="utf-8")
-        write_byte_level(folder, chat_template=template, special=self.special, added=self.added)
-        tokenizer = MlxTokenizer.read(folder, 0, None)
-        ids = [tokenizer.encode(name, add_special_tokens=False)[0] for name in self.eos]
+        write_byte_level(
+            folder,
+            chat_template=template,
+            special=self.special,
+            added=self.added,
+            eos=self.eos[0],
+        )
+        names = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        ids = [each["id"] for each in names if each["content"] in self.eos]
         return MlxTokenizer.read(folder, 0, ids)
 
 
@@ -134,7 +142,7 @@ FAMILIES = {
             thinking="\n<think>Hm, 日本.</think>\nIt is 4.<|user|>",
             calling="\n<think>Two.</think>\nOne moment.\n"
             f"{_glm_call('Paris', 2)}\n{_glm_call('Oslo', 1)}<|observation|>",
-            malformed="<tool_call>get_weather</tool_call>",
+            malformed="<tool_call><arg_key>get_weather</tool_call>",
         ),
         Family(
             "lfm2.5", "lfm2_2_5_v2",

@@ -32,6 +32,7 @@ def write_byte_level(
     chat_template: str | None = CHAT_TEMPLATE,
     special: Sequence[str] = (),
     added: Sequence[str] = (),
+    eos: str = EOS,
 ) -> None:
     """GPT-2's kind: a token for each byte, and a few merges.
 
@@ -47,7 +48,7 @@ def write_byte_level(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
-    _write(tokenizer, folder, chat_template)
+    _write(tokenizer, folder, chat_template, eos)
 
 
 def write_sentence_piece(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
@@ -79,11 +80,11 @@ def write_sentence_piece(folder: Path, *, chat_template: str | None = CHAT_TEMPL
     _write(tokenizer, folder, chat_template)
 
 
-def _write(tokenizer: Tokenizer, folder: Path, chat_template: str | None) -> None:
-    tokenizer.add_special_tokens([AddedToken(EOS, special=True)])
+def _write(tokenizer: Tokenizer, folder: Path, chat_template: str | None, eos: str = EOS) -> None:
+    tokenizer.add_special_tokens([AddedToken(eos, special=True)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -21,6 +21,7 @@ from mlxpool_client.enums import (
     ModelState,
     Priority,
     Role,
+    ToolMode,
 )
 from mlxpool_client.errors import (
     AbortedError,
@@ -71,7 +72,7 @@ from mlxpool_client.events import (
     ToolCallDelta,
 )
 from mlxpool_client.memory import LimitsChange, MemoryLimits, MemoryUsage, ModelMemory
-from mlxpool_client.messages import ChatMessage, ToolCall
+from mlxpool_client.messages import ChatMessage, Tool, ToolCall
 from mlxpool_client.models import (
     LoadEvent,
     LoadFinished,
@@ -160,8 +161,10 @@ __all__ = [
     "TokenLogprob",
     "TokenUsage",
     "Tokenization",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "ToolMode",
     "UnavailableError",
     "Unloaded",
 ]

@@ -53,6 +53,13 @@ class Role(OpenEnum):
     DEVELOPER = 5
 
 
+class ToolMode(OpenEnum):
+    UNKNOWN = 0
+    AUTO = 1
+    NONE = 2
+    REQUIRED = 3
+
+
 class Priority(OpenEnum):
     UNKNOWN = 0
     LOW = 1

@@ -8,6 +8,15 @@ from mlxpool_client.enums import Role
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters_json` is JSON Schema text."""
+
+    name: str
+    description: str = ""
+    parameters_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """`arguments_json` is as the model wrote it: it may be invalid JSON."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as model_pb
 from mlxpool_client.durations import optional_duration
-from mlxpool_client.enums import CacheKind, ModelState, Priority, Role
+from mlxpool_client.enums import CacheKind, ModelState, Priority, Role, ToolMode
 from mlxpool_client.memory import MemoryLimits
-from mlxpool_client.messages import ChatMessage
+from mlxpool_client.messages import ChatMessage, Tool
 
 # A message as {"role": "user", "content": "hi"} or typed.
 Message = ChatMessage | Mapping[str, object]
@@ -33,6 +33,12 @@ class GenerateOptions(TypedDict, total=False):
     continue_final_message: bool
     # With messages: None = the template's default.
     enable_reasoning: bool | None
+    # With messages: the functions that the model may call.
+    tools: Sequence[Tool] | None
+    # With tools: None = the model decides; a str = it has to call the tool of that name.
+    tool_choice: ToolMode | str | None
+    # With messages: what the chat template gets besides.
+    template_kwargs: Mapping[str, Any] | None
     adapter: str
 
     # 0 = greedy.
@@ -109,6 +115,9 @@ def generate_request(
             options.get("token_ids"),
             continue_final_message=options.get("continue_final_message", False),
             enable_reasoning=options.get("enable_reasoning"),
+            tools=options.get("tools") or (),
+            tool_choice=options.get("tool_choice"),
+            template_kwargs=options.get("template_kwargs") or {},
         ),
         sampling=_sampling(options),
         stop=_stop(options),
@@ -132,24 +141,49 @@ def prompt_message(
     *,
     continue_final_message: bool = False,
     enable_reasoning: bool | None = None,
+    tools: Sequence[Tool] = (),
+    tool_choice: ToolMode | str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> model_pb.Prompt:
     """Raises: TypeError unless exactly one of prompt, messages and token_ids is given."""
     given = [value for value in (prompt, messages, token_ids) if value is not None]
     if len(given) != 1:
         raise TypeError("give exactly one of prompt, messages and token_ids")
     if messages is not None:
-        return model_pb.Prompt(
-            chat=model_pb.ChatPrompt(
-                messages=[_chat_message(message) for message in messages],
-                continue_final_message=continue_final_message,
-                enable_reasoning=enable_reasoning,
-            )
+        chat = model_pb.ChatPrompt(
+            messages=[_chat_message(message) for message in messages],
+            continue_final_message=continue_final_message,
+            enable_reasoning=enable_reasoning,
+            tools=[
+                model_pb.Tool(
+                    name=tool.name,
+                    description=tool.description,
+                    parameters_json=tool.parameters_json,
+                )
+                for tool in tools
+            ],
+            tool_choice=_tool_choice(tool_choice),
         )
-    if continue_final_message or enable_reasoning is not None:
-        raise TypeError("continue_final_message and enable_reasoning go with messages only")
+        if template_kwargs:
+            chat.template_kwargs.update(dict(template_kwargs))
+        return model_pb.Prompt(chat=chat)
+    chat_only = (tools, tool_choice, template_kwargs, continue_final_message)
+    if any(chat_only) or enable_reasoning is not None:
+        raise TypeError(
+            "tools, tool_choice, template_kwargs, continue_final_message and enable_reasoning "
+            "go with messages only"
+        )
     if prompt is not None:
         return model_pb.Prompt(text=prompt)
     return model_pb.Prompt(tokens=model_pb.TokenIds(ids=token_ids))
+
+
+def _tool_choice(choice: ToolMode | str | None) -> model_pb.ToolChoice | None:
+    if choice is None:
+        return None
+    if isinstance(choice, ToolMode):
+        return model_pb.ToolChoice(mode=model_pb.ToolMode.ValueType(choice.value))
+    return model_pb.ToolChoice(tool_name=choice)
 
 
 def load_request(model: str, **options: Unpack[LoadOptions]) -> model_pb.LoadModelRequest:

@@ -48,14 +48,19 @@ class Sorter:
         output_format: OutputFormat,
         special_text: Callable[[int], str],
         state: str | None = None,
+        *,
+        skips_space: bool = True,
     ) -> None:
-        """`special_text`: of a special token, empty for others; `state`: where the prompt ends."""
+        """`special_text`: of a special token, empty for others; `state`: where the prompt ends.
+
+        `skips_space`: the first thing that comes begins without white space, too.
+        """
         self._format = output_format
         self._special_text = special_text
         self._state = output_format.initial if state is None else state
         # It may turn out to be the start of a marker.
         self._held = ""
-        self._skips_space = state is not None and state != output_format.initial
+        self._skips_space = skips_space
         # Text of no channel, as long as nothing was of any.
         self._unsorted: list[str] | None = []
         self._call_start = ""

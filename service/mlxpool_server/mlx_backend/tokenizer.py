@@ -118,7 +118,8 @@ class MlxTokenizer:
         if not output.edges:
             return None
         state = REASONING if self._ends_in_thought(chat, rendered) else None
-        return Sorter(output, self._special_text, state)
+        is_new = not chat.continue_final_message
+        return Sorter(output, self._special_text, state, skips_space=is_new)
 
     def read_calls(self, text: str, chat: ChatPrompt) -> tuple[ToolCall, ...]:
         try:

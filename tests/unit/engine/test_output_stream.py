@@ -9,12 +9,14 @@ import pytest
 
 from fakes.running_engine import PATIENCE_S
 from mlxpool_server.domain import (
+    Channel,
     FinishReason,
     GenerationDelta,
     GenerationFinished,
     GenerationPhase,
     GenerationProgress,
     GenerationTimings,
+    OutputPart,
     TokenUsage,
 )
 from mlxpool_server.engine.output_stream import OutputStream
@@ -94,3 +96,26 @@ async def test_a_reader_who_waits_is_woken() -> None:
         stream.put(DECODING)
         async with asyncio.timeout(PATIENCE_S):
             assert await reading == DECODING
+
+
+async def test_channels_keep_their_order() -> None:
+    """A slow reader gets one delta for each run of a channel, ids and all, in the model's order."""
+    call = OutputPart(Channel.CALL, "f", "(f)")
+    stream = OutputStream()
+    stream.put(GenerationDelta("", 1, (1,)))
+    stream.put(GenerationDelta("", 2, (2,), reasoning="h"))
+    stream.put(GenerationDelta("", 3, (3,), reasoning="m"))
+    stream.put(GenerationDelta("a", 4, (4,)))
+    for number in (5, 6):
+        stream.put(GenerationDelta("", number, (number,), unread_call=call))
+    stream.put(GenerationDelta("b", 7, (7,)))
+    stream.put(FINISHED)
+    events = [event async for event in stream.events(PATIENCE_S)]
+    assert events == [
+        GenerationDelta("", 3, (1, 2, 3), reasoning="hm"),
+        GenerationDelta("a", 4, (4,)),
+        GenerationDelta("", 5, (5,), unread_call=call),
+        GenerationDelta("", 6, (6,), unread_call=call),
+        GenerationDelta("b", 7, (7,)),
+        FINISHED,
+    ]
