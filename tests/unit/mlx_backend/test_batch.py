@@ -228,3 +228,26 @@ def test_kv_bytes_follow_the_rows(llama: MlxModel) -> None:
     assert batch.kv_bytes() > one > 0
     batch.close()
     assert batch.kv_bytes() == 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("num_before", [0, 1, 4])
+def test_forced_tokens(llama: MlxModel, sampling: SamplingParams, num_before: int) -> None:
+    """They come next, the model goes on from them as from its own, and a neighbour from its own."""
+    expected = alone(llama, PROMPTS[1], sampling, 12)
+    batch = llama.new_runner()
+    batch.add(0, PROMPTS[0], sampling)
+    before = run(batch, 0, num_before)
+    forced = [7, 8, 9]
+    batch.force(0, forced)
+    batch.add(1, PROMPTS[1], sampling)
+    tokens: dict[int, list[int]] = {0: list(before), 1: []}
+    while len(tokens[1]) < 12 or len(tokens[0]) < num_before + 9:
+        for slot, token in batch.step().tokens:
+            tokens[slot].append(token)
+    batch.close()
+    assert tokens[1][:12] == expected
+    assert tokens[0][num_before : num_before + 3] == forced
+    if sampling is GREEDY:
+        after = alone(llama, [*PROMPTS[0], *before, *forced], GREEDY, 6)
+        assert tokens[0][num_before + 3 : num_before + 9] == after
