@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlxpool_server.domain import Channel, OutputPart
 
@@ -26,15 +26,24 @@ class OutputFormat:
     # Special tokens have no text, but for these.
     shown_ids: frozenset[int] = frozenset()
     initial: str = NORMAL
+    # False: a call, markers and all, is told as text.
+    has_calls: bool = True
 
     def without_calls(self) -> OutputFormat:
-        """For a request without tools: what looks like a call is text."""
+        """For a request without tools: what looks like a call is text.
+
+        Within text its markers mean nothing; from a header they are where the text begins.
+        """
         edges = {
-            state: tuple(edge for edge in edges if edge[1] != CALL)
+            state: tuple(edge for edge in edges if edge[1] != CALL or state not in _CHANNELS)
             for state, edges in self.edges.items()
-            if state != CALL
         }
-        return OutputFormat(edges, self.shown_ids, self.initial)
+        targets = {state for each in edges.values() for _, state in each}
+        if CALL not in targets:
+            edges.pop(CALL, None)
+        return replace(
+            self, edges={state: each for state, each in edges.items() if each}, has_calls=False
+        )
 
 
 class Sorter:
@@ -61,8 +70,9 @@ class Sorter:
         # It may turn out to be the start of a marker.
         self._held = ""
         self._skips_space = skips_space
-        # Text of no channel, as long as nothing was of any.
-        self._unsorted: list[str] | None = []
+        # Text of no channel, since the last marker; and whether there was one.
+        self._header: list[str] = []
+        self._has_marker = False
         self._call_start = ""
         self._call: list[str] = []
         self._call_chars = 0
@@ -85,9 +95,9 @@ class Sorter:
             # Where nothing marks a call's end, the end of the output does.
             has_end = bool(self._format.edges.get(CALL))
             parts += self._give_up() if is_cut and has_end else self._end_call("")
-        if self._unsorted:
+        if self._header and not (is_cut and self._has_marker):
             # A model that does not keep to its format.
-            parts.append(OutputPart(Channel.TEXT, "".join(self._unsorted)))
+            parts.append(OutputPart(Channel.TEXT, "".join(self._header)))
         return tuple(parts)
 
     def _read(self, text: str) -> tuple[OutputPart, ...]:
@@ -109,7 +119,8 @@ class Sorter:
 
     def _pass(self, marker: str, state: str) -> list[OutputPart]:
         """Leave a state by its marker."""
-        self._unsorted = None
+        self._header.clear()
+        self._has_marker = True
         parts = self._end_call(marker) if self._state == CALL else []
         if state == CALL:
             self._call_start = marker
@@ -124,8 +135,8 @@ class Sorter:
             return self._give_up() if self._call_chars > MAX_CALL_CHARS else []
         channel = _CHANNELS.get(self._state)
         if channel is None:
-            if self._unsorted is not None and text:
-                self._unsorted.append(text)
+            if text:
+                self._header.append(text)
             return []
         if self._skips_space:
             text = text.lstrip()
@@ -134,7 +145,10 @@ class Sorter:
 
     def _end_call(self, marker: str) -> list[OutputPart]:
         body, start = self._take_call()
-        return [OutputPart(Channel.CALL, body, start + body + marker)]
+        raw = start + body + marker
+        if not self._format.has_calls:
+            return [OutputPart(Channel.TEXT, raw)]
+        return [OutputPart(Channel.CALL, body, raw)]
 
     def _give_up(self) -> list[OutputPart]:
         """It is no call: what there is of it is text."""

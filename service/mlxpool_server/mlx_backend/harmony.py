@@ -26,7 +26,10 @@ EDGES = {
         ("<|channel|>final<|message|>", "normal"),
         # A preamble, meant for the user.
         ("<|channel|>commentary<|message|>", "normal"),
-        (" to=functions.", "tool"),
+        # To a function, or to a tool that nobody here has.
+        (" to=", "tool"),
+        # In a channel of another name, or with a format: <|channel|>final <|constrain|>json.
+        ("<|message|>", "normal"),
     ),
     "reasoning": ((_END, "header"),),
     "normal": ((_END, "header"),),
@@ -40,11 +43,11 @@ def is_spoken(vocab: Container[str]) -> bool:
     return all(marker in vocab for marker in _MARKERS)
 
 
-_CALL = re.compile(r"(?P<name>[^\s<]+)[^{]*?<\|message\|>(?P<arguments>.*)", re.DOTALL)
+_CALL = re.compile(r"functions\.(?P<name>[^\s<]+)[^{]*?<\|message\|>(?P<arguments>.*)", re.DOTALL)
 
 
 def parse_tool_call(text: str, _tools: Any = None) -> dict[str, Any]:
-    """Read what follows `to=functions.`. Raises: ValueError."""
+    """Read what follows `to=`. Raises: ValueError."""
     match = _CALL.match(text)
     if match is None:
         raise ValueError("it has no name or no message")

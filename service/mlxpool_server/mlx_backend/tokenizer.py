@@ -22,7 +22,7 @@ from mlxpool_server.domain import ChatPrompt, ToolCall
 from mlxpool_server.engine.backend import ChannelSorter, TextDecoder
 from mlxpool_server.errors import InvalidFieldError, MalformedCallError
 from mlxpool_server.mlx_backend import chat_variables
-from mlxpool_server.mlx_backend.channel_sorter import REASONING, Sorter
+from mlxpool_server.mlx_backend.channel_sorter import NORMAL, REASONING, Sorter
 from mlxpool_server.mlx_backend.foreign_tokenizer import check_growth, panics_as_errors
 from mlxpool_server.mlx_backend.output_format import family_of
 from mlxpool_server.mlx_backend.template_renderer import CallError, shared_renderer
@@ -117,9 +117,11 @@ class MlxTokenizer:
         output = self._family.format if chat.tools else self._family.format.without_calls()
         if not output.edges:
             return None
-        state = REASONING if self._ends_in_thought(chat, rendered) else None
-        is_new = not chat.continue_final_message
-        return Sorter(output, self._special_text, state, skips_space=is_new)
+        goes_on = chat.continue_final_message
+        state = NORMAL if goes_on else output.initial
+        if self._ends_in_thought(chat, rendered):
+            state = REASONING
+        return Sorter(output, self._special_text, state, skips_space=not goes_on)
 
     def read_calls(self, text: str, chat: ChatPrompt) -> tuple[ToolCall, ...]:
         try:

@@ -78,5 +78,5 @@ def test_harmony(renderer: TemplateRenderer, arguments: object) -> None:
     """GPT-OSS's own form, with and without its constrain token."""
     text = json.dumps(arguments)
     for between in (" <|constrain|>json", "<|channel|>commentary json", ""):
-        (call,) = renderer.read_calls("harmony", f"f{between}<|message|>{text}", None)
+        (call,) = renderer.read_calls("harmony", f"functions.f{between}<|message|>{text}", None)
         assert (call.name, json.loads(call.arguments_json)) == ("f", arguments)

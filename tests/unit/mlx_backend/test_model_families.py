@@ -18,6 +18,7 @@ from mlxpool_server.domain import (
     GenerationDelta,
     GenerationFinished,
     Role,
+    Tool,
     ToolCall,
 )
 from mlxpool_server.engine.sequence import Sequence
@@ -178,11 +179,48 @@ def test_results_go_back_into_the_template(name: str, read: Read) -> None:
 @pytest.mark.parametrize("name", TOOLS)
 def test_without_tools_a_call_is_text(name: str, read: Read) -> None:
     """Where the caller offered none, or wants none, nothing is taken for a call."""
-    _, finished = run(read(name), chat(), FAMILIES[name].calling)
+    deltas, finished = run(read(name), chat(), FAMILIES[name].calling)
     assert not finished.tool_calls
+    assert "".join(delta.text for delta in deltas) == finished.text
     assert finished.finish_reason is FinishReason.STOP
-    if name != "gpt-oss":
-        assert "Paris" in finished.text
+    assert "One moment." in finished.text
+    assert "get_weather" in finished.text
+    assert "Paris" in finished.text
+
+
+@pytest.mark.parametrize("tools", [(), (WEATHER,)], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    "thought", ["", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"]
+)
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("<|channel|>commentary to=browser.search code<|message|>cats<|call|>", "cats"),
+        ("<|channel|>analysis to=python code<|message|>print(1)<|call|>", "print(1)"),
+        ("<|channel|>final <|constrain|>json<|message|>[1]<|return|>", "[1]"),
+        ("<|channel|>unheard<|message|>of<|return|>", "of"),
+        ("Plain words.<|return|>", "Plain words."),
+        ("<|end|>Plain words.<|return|>", "Plain words."),
+    ],
+    ids=["browser", "python", "constrained answer", "other channel", "no channel", "no header"],
+)
+def test_harmony_loses_no_message(
+    output: str, text: str, thought: str, tools: tuple[Tool, ...], read: Read
+) -> None:
+    """Whoever a message of GPT-OSS's is for, and whatever its channel, its words arrive."""
+    deltas, finished = run(read("gpt-oss"), chat(tools=tools), thought + output)
+    assert text in finished.text
+    assert "".join(delta.text for delta in deltas) == finished.text
+    assert not finished.tool_calls
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_continued_answer_streams(name: str, read: Read) -> None:
+    """It goes on in the answer's channel, from its first token, in every format."""
+    prompt = chat(ASK, ChatMessage(Role.ASSISTANT, "It"), continue_final_message=True)
+    deltas, finished = run(read(name), prompt, " is 4.")
+    assert finished.text == " is 4."
+    assert deltas[0].text == " "
 
 
 @pytest.mark.parametrize("name", REASONING)
