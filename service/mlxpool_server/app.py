@@ -24,7 +24,8 @@ from mlxpool_server.mlx_backend.openblas import OpenBlas, load_openblas
 from mlxpool_server.pool.backend import DeviceMemory, ModelLoader
 from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
-from mlxpool_server.pool.generation import GenerationLimits, Generations
+from mlxpool_server.pool.generation import Generations
+from mlxpool_server.pool.generation_limits import GenerationLimits
 from mlxpool_server.pool.memory import PoolMemory
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader

@@ -32,7 +32,8 @@ from mlxpool_server.pool import model_pool
 from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
 from mlxpool_server.pool.entry import Entry
-from mlxpool_server.pool.generation import GenerationLimits, Generations
+from mlxpool_server.pool.generation import Generations
+from mlxpool_server.pool.generation_limits import GenerationLimits
 from mlxpool_server.pool.ledger import Ledger
 from mlxpool_server.pool.prompts import PromptReader
 from mlxpool_server.pool.residency import Residency

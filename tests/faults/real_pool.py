@@ -31,7 +31,8 @@ from mlxpool_server.errors import DrainingError
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
 from mlxpool_server.mlx_backend.memory import MlxMemory
 from mlxpool_server.pool.catalog import Catalog
-from mlxpool_server.pool.generation import GenerationLimits, Generations
+from mlxpool_server.pool.generation import Generations
+from mlxpool_server.pool.generation_limits import GenerationLimits
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader
 

@@ -10,6 +10,7 @@ import pytest
 from fakes import FakeFiles, FakeTokenizer
 from mlxpool.v1 import model_service_pb2 as pb
 from rpc.harness import Server, chat_prompt, failure_of, final_text, running_server, text_request
+from rpc.metrics_reader import scrape
 
 
 @pytest.fixture
@@ -97,3 +98,17 @@ async def test_capability_missing(wish: str) -> None:
         failure = await failure_of(server.models.Generate(text_request(prompt=prompt, stop=stop)))
     assert failure.code is grpc.StatusCode.FAILED_PRECONDITION
     assert failure.reason == "CAPABILITY_MISSING"
+
+
+async def test_calls_are_measured() -> None:
+    """Generations by the reason that their callers saw; calls by whether they could be read."""
+    files = FakeFiles(tokenizer=FakeTokenizer(speaks_format=True))
+    async with running_server({"m": files}, metrics_listen="127.0.0.1:0") as server:
+        for text in ("<hm>(add 1)(sub 2)", "(what)", "plain"):
+            await server.generate(ask(text))
+        seen = await scrape(server)
+        assert seen("mlxpool_generations_total", model="m", finish_reason="tool_calls") == 1
+        assert seen("mlxpool_generations_total", model="m", finish_reason="stop") == 2
+        assert seen("mlxpool_tool_calls_total", model="m", outcome="read") == 2
+        assert seen("mlxpool_tool_calls_total", model="m", outcome="malformed") == 1
+        assert seen("mlxpool_reasoning_tokens_total", model="m") == 2

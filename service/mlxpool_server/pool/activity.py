@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlxpool_server.domain import (
+    FinishReason,
     GenerationDelta,
     GenerationFinished,
     GenerationPhase,
@@ -69,6 +70,9 @@ class Meter:
         self._clock = clock
         self._last_at: float | None = None
         self._num_counted = 0
+        # Its finish reason is not known until its calls are read.
+        self._unread: GenerationFinished | None = None
+        self._has_reader = True
 
     def see(self, item: StreamItem) -> None:
         match item:
@@ -78,6 +82,18 @@ class Meter:
                 self._delta(total)
             case GenerationFinished():
                 self._finished(item)
+
+    def read(self, finished: GenerationFinished) -> None:
+        """What there was of calls is read now."""
+        if self._unread is not None:
+            self._unread = None
+            self._activity.observer.generation_finished(self._model, finished)
+
+    def leave(self) -> None:
+        """Nobody reads its calls any more. No harm when called before."""
+        self._has_reader = False
+        if self._unread is not None:
+            self.read(self._unread)
 
     def _first_token(self) -> None:
         self._last_at = self._clock()
@@ -105,7 +121,12 @@ class Meter:
             cached_prompt_tokens=usage.cached_prompt_tokens,
             prompt_cache_hits=int(usage.cached_prompt_tokens > 0),
         )
-        self._activity.observer.generation_finished(self._model, finished)
+        if finished.unread_parts and finished.finish_reason is FinishReason.STOP:
+            self._unread = finished
+        else:
+            self._activity.observer.generation_finished(self._model, finished)
+        if not self._has_reader:
+            self.leave()
 
     def _count(self, total: int) -> None:
         """All tokens of the generation so far, each counted once."""

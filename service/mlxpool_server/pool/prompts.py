@@ -17,11 +17,13 @@ from mlxpool_server.domain import (
     ToolCall,
 )
 from mlxpool_server.errors import (
-    CapabilityMissingError,
     InvalidFieldError,
+    MalformedCallError,
     PromptTooLongError,
+    QueueTimeoutError,
 )
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
+from mlxpool_server.pool.chat_abilities import check_chat
 from mlxpool_server.pool.model_threads import ModelThreads, TooSlowError
 from mlxpool_server.pool.tokenizers import Tokenizers
 
@@ -88,7 +90,11 @@ class PromptReader:
         self, spec: ModelSpec, tokenizer: Tokenizer, text: str, chat: ChatPrompt
     ) -> tuple[ToolCall, ...]:
         """Raises: MalformedCallError."""
-        return await self._on_thread(spec, partial(tokenizer.read_calls, text, chat))
+        try:
+            return await self._threads.run(spec.name, partial(tokenizer.read_calls, text, chat))
+        except (TooSlowError, QueueTimeoutError):
+            # Slow prompts keep the threads: the caller still gets the text.
+            raise MalformedCallError("there was no time to read it") from None
 
     async def tokenize(
         self, spec: ModelSpec, prompt: Prompt, *, include_pieces: bool
@@ -126,7 +132,7 @@ def _read(
             _check_length(tokenizer, text, max_tokens)
             rendered = RenderedPrompt(tokenizer.encode(text, add_special_tokens=True), text)
         case ChatPrompt():
-            _check_capabilities(model, tokenizer, prompt)
+            check_chat(model, tokenizer, prompt)
             text = tokenizer.render_chat(prompt)
             _check_length(tokenizer, text, max_tokens)
             # The template writes the special tokens itself.
@@ -145,12 +151,3 @@ def _check_length(tokenizer: Tokenizer, text: str, max_tokens: int | None) -> No
     if max_tokens is not None and fewest > max_tokens:
         what = "the most that the model's context and this server allow"
         raise PromptTooLongError(fewest, max_tokens, what, is_lower_bound=True)
-
-
-def _check_capabilities(model: str, tokenizer: Tokenizer, chat: ChatPrompt) -> None:
-    if not tokenizer.has_chat_template:
-        raise CapabilityMissingError(model, "chat template", "send prompt.text instead")
-    if chat.tools and not tokenizer.has_tools:
-        raise CapabilityMissingError(model, "tool calls", "send no prompt.chat.tools")
-    if chat.enable_reasoning and not tokenizer.has_reasoning:
-        raise CapabilityMissingError(model, "reasoning", "leave enable_reasoning unset")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 
 from mlxpool_server.domain import (
@@ -25,20 +26,36 @@ class CallReader:
         self,
         read: Callable[[str], Awaitable[tuple[ToolCall, ...]]],
         tell: Callable[[int], None] = lambda _: None,
+        tell_end: Callable[[GenerationFinished], None] = lambda _: None,
     ) -> None:
-        """`read` raises MalformedCallError; `tell` gets how many calls were in a text."""
+        """`read` raises MalformedCallError.
+
+        `tell` gets how many calls were in a text, `tell_end` an end whose calls are read.
+        """
         self._read = read
         self._tell = tell
+        self._tell_end = tell_end
         # What each call of the output came to, in order: none is read twice.
         self._outcomes: list[tuple[ToolCall, ...]] = []
         self._num_calls = 0
+
+    async def events(
+        self, unread: AsyncGenerator[GenerationEvent, None]
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield what the caller should see of these. Closes them."""
+        async with aclosing(unread):
+            async for event in unread:
+                for each in await self.read(event):
+                    yield each
 
     async def read(self, event: GenerationEvent) -> tuple[GenerationEvent, ...]:
         """Return what the caller should see of it."""
         if isinstance(event, GenerationDelta) and event.unread_call is not None:
             return await self._delta(event, event.unread_call)
         if isinstance(event, GenerationFinished) and event.unread_parts:
-            return (await self._finished(event),)
+            finished = await self._finished(event)
+            self._tell_end(finished)
+            return (finished,)
         return (event,)
 
     async def _delta(self, delta: GenerationDelta, part: OutputPart) -> tuple[GenerationDelta, ...]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fakes.running_engine import FakeClock
 from mlxpool_server.domain import (
+    Channel,
     FinishReason,
     GenerationDelta,
     GenerationFinished,
     GenerationPhase,
     GenerationProgress,
     GenerationTimings,
+    OutputPart,
     TokenUsage,
 )
 from mlxpool_server.errors import GenerationFailedError
@@ -38,6 +42,9 @@ class Notes:
     def generation_finished(self, model: str, finished: GenerationFinished) -> None:
         self.finished.append(finished)
 
+    def tool_call(self, model: str, num_calls: int) -> None:
+        """None here."""
+
     def load_finished(self, model: str, seconds: float) -> None:
         self.loads.append(seconds)
 
@@ -59,6 +66,12 @@ class Measured:
 def finished(completion_tokens: int, cached_prompt_tokens: int = 0) -> GenerationFinished:
     usage = TokenUsage(10, completion_tokens, cached_prompt_tokens)
     return GenerationFinished(FinishReason.STOP, "", usage, GenerationTimings())
+
+
+def calling(reason: FinishReason) -> GenerationFinished:
+    """The end of a generation with a call that nobody has read."""
+    parts = (OutputPart(Channel.CALL, "f", "(f)"),)
+    return replace(finished(3), finish_reason=reason, unread_parts=parts)
 
 
 @pytest.fixture
@@ -120,6 +133,38 @@ def test_cached_prompts_are_hits(measured: Measured) -> None:
     measured.after(0.0, finished(0))
     counts = measured.activity.of("m")
     assert (counts.prompt_cache_hits, counts.cached_prompt_tokens) == (1, 4)
+
+
+def test_a_call_decides_the_reason(measured: Measured) -> None:
+    """Until it is read nobody knows how the generation ended; its tokens count at once."""
+    unread = calling(FinishReason.STOP)
+    measured.after(0.0, unread)
+    assert measured.notes.finished == []
+    assert measured.activity.of("m").finished_generations == 1
+    read = replace(unread, finish_reason=FinishReason.TOOL_CALLS, unread_parts=())
+    measured.meter.read(read)
+    measured.meter.leave()
+    assert measured.notes.finished == [read]
+
+
+def test_a_call_that_nobody_reads(measured: Measured) -> None:
+    """It counts as the engine ended it, whether its reader left before or after that."""
+    unread = calling(FinishReason.STOP)
+    measured.after(0.0, unread)
+    measured.meter.leave()
+    measured.meter.leave()
+    assert measured.notes.finished == [unread]
+    left = Measured()
+    left.meter.leave()
+    left.after(0.0, unread)
+    assert left.notes.finished == [unread]
+
+
+def test_a_call_that_is_cut_off(measured: Measured) -> None:
+    """No call makes a reason of another end."""
+    cut = calling(FinishReason.MAX_TOKENS)
+    measured.after(0.0, cut)
+    assert measured.notes.finished == [cut]
 
 
 def test_models_are_counted_apart() -> None:
