@@ -157,6 +157,8 @@ class ModelRunner:
         return False
 
     def _force(self, sequence: Sequence) -> None:
+        if sequence.request.max_reasoning_tokens is None:
+            return
         if token_ids := sequence.take_forced():
             self._batch.force(sequence.slot, token_ids)
 

@@ -8,19 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlxpool_server.domain import (
-    Channel,
     FinishReason,
     GenerationDelta,
     GenerationFinished,
     GenerationTimings,
-    OutputPart,
     Priority,
     SamplingParams,
     TokenUsage,
 )
 from mlxpool_server.engine.backend import ChannelSorter, TextDecoder
-from mlxpool_server.engine.output_fold import OutputFold
+from mlxpool_server.engine.channel_fold import ChannelFold
 from mlxpool_server.engine.stop_matcher import StopMatcher
+from mlxpool_server.engine.text_fold import TextFold
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +79,8 @@ class Sequence:
         self.cached_prompt_tokens = 0
         self._clock = clock
         self._matcher = StopMatcher(request.stop_sequences)
-        self._output = OutputFold()
+        self._output = _new_fold(request, self._matcher)
         self._token_ids: list[int] = []
-        self._num_reasoning = 0
-        # Those that are to come: a thought is ended once.
-        self._num_forced = 0
         self._unsent_token_ids: list[int] = []
         self._started_at: float | None = None
         self._first_token_at: float | None = None
@@ -108,7 +104,7 @@ class Sequence:
             return self.finish(FinishReason.STOP_SEQUENCE, stop_token_id=token_id)
         if token_id in self.request.eos_token_ids:
             return self.finish(FinishReason.STOP, stop_token_id=token_id)
-        self._sort(token_id)
+        self._output.push(token_id, self.request.decoder.push(token_id))
         if self._matcher.matched is not None:
             return self.finish(FinishReason.STOP_SEQUENCE)
         if len(self._token_ids) >= self.request.max_tokens:
@@ -118,23 +114,22 @@ class Sequence:
     def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> SequenceEvents:
         """End here. The text that was held back is part of the output, unless it matched."""
         if self._matcher.matched is None:
-            self._append(self._last_parts(is_cut=reason not in _OWN_ENDS))
-            if self._matcher.matched is None:
-                self._append_text(self._matcher.finish())
-            else:
+            text = self.request.decoder.finish()
+            self._output.finish(text, is_cut=reason not in _OWN_ENDS)
+            if self._matcher.matched is not None:
                 reason = FinishReason.STOP_SEQUENCE
         self.state = SequenceState.FINISHED
         wants_all_ids = self.request.final_only and self.request.include_token_ids
         finished = GenerationFinished(
             finish_reason=reason,
-            text=self._output.text(Channel.TEXT),
-            reasoning=self._output.text(Channel.REASONING),
-            unread_parts=self._output.parts_with_calls(),
+            text=self._output.text,
+            reasoning=self._output.reasoning,
+            unread_parts=self._output.unread_parts,
             usage=TokenUsage(
                 prompt_tokens=len(self.request.prompt),
                 completion_tokens=len(self._token_ids),
                 cached_prompt_tokens=self.cached_prompt_tokens,
-                reasoning_tokens=self._num_reasoning,
+                reasoning_tokens=self._output.reasoning_tokens,
             ),
             timings=self._timings(),
             stop_sequence=self._matcher.matched or "",
@@ -145,62 +140,16 @@ class Sequence:
 
     def take_forced(self) -> tuple[int, ...]:
         """The tokens that have to come next, because a thought is at its limit; once each."""
-        limit, sorter = self.request.max_reasoning_tokens, self.request.sorter
-        is_over = (
-            limit is not None
-            and sorter is not None
-            and sorter.is_reasoning
-            and self._num_reasoning >= limit
-            and not self._num_forced
-        )
-        if not is_over:
-            return ()
-        self._num_forced = len(self.request.reasoning_end)
-        return self.request.reasoning_end
-
-    def _sort(self, token_id: int) -> None:
-        sorter = self.request.sorter
-        text = self.request.decoder.push(token_id)
-        if sorter is None:
-            self._append_text(self._matcher.push(text))
-            return
-        was_reasoning = sorter.is_reasoning
-        parts = sorter.push(token_id, text)
-        if self._num_forced:
-            self._num_forced -= 1
-        elif was_reasoning and sorter.is_reasoning:
-            self._num_reasoning += 1
-        self._append(parts)
-
-    def _last_parts(self, *, is_cut: bool) -> tuple[OutputPart, ...]:
-        text = self.request.decoder.finish()
-        if self.request.sorter is not None:
-            return self.request.sorter.finish(text, is_cut=is_cut)
-        return (OutputPart(Channel.TEXT, text),)
-
-    def _append(self, parts: tuple[OutputPart, ...]) -> None:
-        """Stop sequences are looked for in the answer's text, not in thoughts and calls."""
-        for part in parts:
-            if self._matcher.matched is not None:
-                return
-            if part.channel is Channel.TEXT:
-                self._append_text(self._matcher.push(part.text))
-            else:
-                self._append_text(self._matcher.finish())
-                self._output.append(part)
-
-    def _append_text(self, text: str) -> None:
-        if text:
-            self._output.append(OutputPart(Channel.TEXT, text))
+        return self._output.take_forced()
 
     def _take_delta(self) -> tuple[GenerationDelta, ...]:
         if self.request.final_only:
             return ()
         ids = tuple(self._unsent_token_ids) if self.request.include_token_ids else ()
-        if not (self._output.has_new or ids):
-            return ()
-        self._unsent_token_ids.clear()
-        return self._output.take_new(len(self._token_ids), ids)
+        deltas = self._output.take(len(self._token_ids), ids)
+        if deltas:
+            self._unsent_token_ids.clear()
+        return deltas
 
     def _timings(self) -> GenerationTimings:
         now = self._clock()
@@ -215,3 +164,9 @@ class Sequence:
             time_to_first_token_s=None if first is None else first - received,
             total_s=now - received,
         )
+
+
+def _new_fold(request: SequenceRequest, matcher: StopMatcher) -> TextFold | ChannelFold:
+    if request.sorter is None:
+        return TextFold(matcher)
+    return ChannelFold(matcher, request.sorter, request.max_reasoning_tokens, request.reasoning_end)

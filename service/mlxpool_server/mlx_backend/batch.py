@@ -68,6 +68,8 @@ class MlxBatch:
         self._passed_at = -math.inf
         # One, or one for each row of a model that cannot be batched.
         self._decodes: list[Decode] = []
+        # Rows whose next tokens are given.
+        self._forced: list[Row] = []
         self._prefixes = PrefixCache()
         self._num_prefilled = 0
         self._decoded_at = 0.0
@@ -82,9 +84,11 @@ class MlxBatch:
         for row in (*self._waiting, *(row for each in held for row in each.rows)):
             if row.slot == slot:
                 row.forced = list(token_ids)
+                self._forced.append(row)
 
     def remove(self, slots: Sequence[int]) -> None:
         gone = frozenset(slots)
+        self._forced = [row for row in self._forced if row.slot not in gone]
         self._waiting = deque(row for row in self._waiting if row.slot not in gone)
         for prefill in self._begun:
             prefill.remove(gone)
@@ -268,7 +272,9 @@ class MlxBatch:
         return StepOutput(tokens=tuple(tokens))
 
     def _decode_tokens(self) -> list[tuple[int, int]]:
-        tokens = [token for decode in self._decodes for token in decode.step()]
+        self._forced = [row for row in self._forced if row.forced]
+        forced = frozenset(row.slot for row in self._forced)
+        tokens = [token for decode in self._decodes for token in decode.step(forced)]
         self._decoded_at = time.monotonic()
         self._num_steps += 1
         if self._num_steps % CLEAR_CACHE_STEPS == 0:

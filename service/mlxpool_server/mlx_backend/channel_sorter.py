@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlxpool_server.domain import Channel, OutputPart
+from mlxpool_server.markers import first_marker, open_tail
 
 # No call is longer; a model that repeats itself writes on as text.
 MAX_CALL_CHARS = 256 * 1024
@@ -105,14 +106,16 @@ class Sorter:
         pending = self._held + text
         while True:
             edges = self._format.edges.get(self._state, ())
-            match = _first_match(pending, edges)
-            if match is None:
+            markers = [marker for marker, _ in edges]
+            found = first_marker(pending, markers)
+            if found is None:
                 break
-            start, marker, state = match
+            start, index = found
+            marker, state = edges[index]
             parts += self._text(pending[:start])
             pending = pending[start + len(marker) :]
             parts += self._pass(marker, state)
-        num_held = _open_tail(pending, edges)
+        num_held = open_tail(pending, markers)
         self._held = pending[len(pending) - num_held :]
         parts += self._text(pending[: len(pending) - num_held])
         return tuple(parts)
@@ -160,20 +163,3 @@ class Sorter:
         body, start = "".join(self._call), self._call_start
         self._call, self._call_chars, self._call_start = [], 0, ""
         return body, start
-
-
-def _first_match(text: str, edges: Sequence[tuple[str, str]]) -> tuple[int, str, str] | None:
-    matches = [
-        (start, marker, state) for marker, state in edges if (start := text.find(marker)) >= 0
-    ]
-    return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
-
-
-def _open_tail(text: str, edges: Sequence[tuple[str, str]]) -> int:
-    """How much of the text's end may be the start of a marker."""
-    longest = max((len(marker) for marker, _ in edges), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        tail = text[-size:]
-        if any(marker.startswith(tail) for marker, _ in edges):
-            return size
-    return 0

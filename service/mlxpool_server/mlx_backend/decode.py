@@ -95,10 +95,13 @@ class Decode:
         if self._launched is not None:
             mx.eval(self._launched.tokens, self._launched.logits)
 
-    def step(self) -> list[tuple[int, int]]:
-        """Launch a step; return what the one before gave: (slot, token), none at first."""
+    def step(self, forced: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
+        """Launch a step; return what the one before gave: (slot, token), none at first.
+
+        `forced`: slots whose next tokens are given; a step may not run ahead of them.
+        """
         launched = self._launched
-        is_forced = any(row.forced for row in self.rows)
+        is_forced = bool(forced) and any(row.slot in forced for row in self.rows)
         if is_forced or self._samples_here() or (launched and launched.logits is not None):
             tokens = self._read(launched)
             # All that was decided is known here now.

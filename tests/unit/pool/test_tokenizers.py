@@ -14,6 +14,7 @@ from mlxpool_server.domain import ChatMessage, ChatPrompt, ModelSpec, Role, Text
 from mlxpool_server.errors import (
     InvalidFieldError,
     LoadFailedError,
+    MalformedCallError,
     PromptTooLongError,
     QueueTimeoutError,
 )
@@ -206,3 +207,18 @@ async def test_slow_files_hold_up_only_their_own_model() -> None:
         await asyncio.gather(*map(asyncio.wrap_future, tokenizers._threads._left))
     assert tokenizers.is_idle
     assert await tokenizers.get(specs["slow"]) is slow.tokenizer
+
+
+async def test_a_call_that_finds_no_thread_is_text() -> None:
+    """Slow prompts keep the threads: who waits for a call gets its text, and no error."""
+    slow = FakeFiles()
+    slow.tokenizer.may_encode.clear()
+    prompts = PromptReader(FakeLoader({"m": slow}), limit_s=0.05)
+    reading = [prompts.read(SPEC, TextPrompt("abc")) for _ in range(MAX_THREADS)]
+    await asyncio.gather(*reading, return_exceptions=True)
+    tokenizer = await prompts.tokenizer(SPEC)
+    with pytest.raises(MalformedCallError):
+        await prompts.read_calls(SPEC, tokenizer, "add 1", ChatPrompt(()))
+    slow.tokenizer.may_encode.set()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(asyncio.wrap_future, prompts._threads._left))
