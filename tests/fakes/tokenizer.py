@@ -8,6 +8,7 @@ import threading
 from mlxpool_server.domain import ChatPrompt, Role, ToolCall
 from mlxpool_server.engine.backend import ChannelSorter
 from mlxpool_server.errors import InvalidFieldError, MalformedCallError
+from mlxpool_server.mlx_backend import chat_variables
 from mlxpool_server.mlx_backend.channel_sorter import CALL, NORMAL, REASONING, OutputFormat, Sorter
 
 EOS = 256
@@ -64,6 +65,7 @@ class FakeTokenizer:
     def render_chat(self, chat: ChatPrompt) -> str:
         if chat.messages[0].role is Role.ASSISTANT:
             raise InvalidFieldError("prompt.chat.messages", "the user has to begin")
+        chat_variables.tools(chat)
         return "".join(
             message.text if chat.tools or chat.variables.get("bare")
             else f"<{message.role.value}>{message.text}"

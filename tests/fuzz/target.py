@@ -15,7 +15,7 @@ from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from fakes import FakeFiles
+from fakes import FakeFiles, FakeTokenizer
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
 from rpc.harness import Server, running_server, until
@@ -132,7 +132,7 @@ class Target:
 @contextmanager
 def running_target() -> Iterator[Target]:
     files = {
-        "m": FakeFiles(),
+        "m": FakeFiles(tokenizer=FakeTokenizer(speaks_format=True)),
         "bad": FakeFiles(load_error=RuntimeError("cannot be loaded")),
         "slow": FakeFiles.of_size(500),
     }

@@ -37,6 +37,7 @@ READERS = st.builds(
     deadline_s=st.just(HANG_S) | st.sampled_from([HANG_S, 0.001, 0.01]),
 )
 PATIENT = Reader()
+PARAMETERS = ("", "{}", '{"type": "object"}', "[]", "{", "NaN", '{"a": "\\ud800"}', "[" * 100_000)
 
 pytestmark = pytest.mark.timeout(0 if EXAMPLES > 1000 else 300)
 
@@ -96,6 +97,36 @@ def test_generations(target: Target, data: st.DataObject, text: str, reader: Rea
         request.stop.CopyFrom(data.draw(messages(stop)))
     if data.draw(st.booleans()):
         request.output.CopyFrom(data.draw(messages(output)))
+    target.try_bytes("/mlxpool.v1.ModelService/Generate", request.SerializeToString(), reader)
+
+
+@PROFILE
+@given(
+    data=st.data(),
+    text=st.text(st.sampled_from("ab<>() 1é"), min_size=1, max_size=40),
+    reader=READERS,
+)
+def test_chats(target: Target, data: st.DataObject, text: str, reader: Reader) -> None:
+    """Chats whose answers have thoughts, calls and what looks like them; tools of any kind."""
+    chat = data.draw(messages(pb.ChatPrompt.DESCRIPTOR))
+    assert isinstance(chat, pb.ChatPrompt)
+    if data.draw(st.booleans()):
+        chat.ClearField("messages")
+    if data.draw(st.booleans()):
+        chat.ClearField("tool_choice")
+    if data.draw(st.booleans()):
+        chat.template_kwargs.Clear()
+        chat.template_kwargs.update({"bare": True})
+    for tool in chat.tools:
+        if data.draw(st.booleans()):
+            tool.name, tool.parameters_json = "add", data.draw(st.sampled_from(PARAMETERS))
+    message = pb.ChatMessage(role=pb.ROLE_USER, content=[pb.ContentPart(text=text)])
+    chat.messages.insert(0, message)
+    request = pb.GenerateRequest(model="m", prompt=pb.Prompt(chat=chat))
+    if data.draw(st.booleans()):
+        request.stop.max_reasoning_tokens = data.draw(st.integers(-1, 5))
+    request.output.final_only = data.draw(st.booleans())
+    request.output.include_token_ids = data.draw(st.booleans())
     target.try_bytes("/mlxpool.v1.ModelService/Generate", request.SerializeToString(), reader)
 
 

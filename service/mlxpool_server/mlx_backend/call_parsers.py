@@ -71,11 +71,22 @@ def _call(found: Any) -> tuple[str, str, str]:
     if not isinstance(arguments, dict):
         raise ValueError("its arguments are no object")  # noqa: TRY004 - of the text, not a caller
     given = found.get("id")
-    return (
-        given if isinstance(given, str) and given else _new_id(),
-        name,
-        json.dumps(arguments, ensure_ascii=False, allow_nan=False),
-    )
+    call_id = given if isinstance(given, str) and given else _new_id()
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    if not _is_whole(text):
+        text = json.dumps(arguments, allow_nan=False)
+    if not (_is_whole(name) and _is_whole(call_id)):
+        raise ValueError("it has half a character in its name")
+    return call_id, name, text
+
+
+def _is_whole(text: str) -> bool:
+    """Whether the wire can carry it: a JSON escape may be half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _new_id() -> str:

@@ -80,3 +80,17 @@ def test_harmony(renderer: TemplateRenderer, arguments: object) -> None:
     for between in (" <|constrain|>json", "<|channel|>commentary json", ""):
         (call,) = renderer.read_calls("harmony", f"functions.f{between}<|message|>{text}", None)
         assert (call.name, json.loads(call.arguments_json)) == ("f", arguments)
+
+
+def test_half_a_character_is_escaped(renderer: TemplateRenderer) -> None:
+    """Arguments are JSON that the wire can carry, whatever escapes the model wrote."""
+    text = '{"name": "f", "arguments": {"a": "\\ud800", "b": "é"}}'
+    (call,) = renderer.read_calls("json_tools", text, None)
+    assert json.loads(call.arguments_json) == {"a": "\ud800", "b": "é"}
+    assert call.arguments_json.encode()
+
+
+def test_half_a_character_is_no_name(renderer: TemplateRenderer) -> None:
+    """No caller could have offered such a function."""
+    with pytest.raises(CallError):
+        renderer.read_calls("json_tools", '{"name": "\\ud800", "arguments": {}}', None)
