@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from e2e.server_process import ServerProcess
+from e2e.server_process import ROOT, ServerProcess
 from mlxpool_server.mlx_backend.demo_model import ensure_demo_model
 
 
@@ -30,6 +32,18 @@ def server_process(
 def server_address(server_process: ServerProcess) -> str:
     """HOST:PORT of a server whose only model is `demo`."""
     return server_process.address
+
+
+@pytest.fixture(scope="session")
+def grpcurl() -> str:
+    built = ROOT / ".tools" / "grpcurl"
+    found = str(built) if built.exists() else shutil.which("grpcurl")
+    if found is None:
+        how = "no grpcurl; scripts/install-grpcurl builds it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(how)
+        pytest.skip(how)
+    return found
 
 
 @pytest.fixture

@@ -2,74 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from e2e.server_process import ROOT, environment
+from e2e.readme import DEFAULT_ADDRESS, at, grpcurl_examples, needs_tools, python_examples
+from e2e.server_process import environment
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 TIMEOUT_S = 120
 
 pytestmark = [pytest.mark.demo_model, pytest.mark.timeout(600)]
 
-_FENCE = re.compile(r"^```(?P<tag>[a-z]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(tag: str) -> list[str]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [match["body"] for match in _FENCE.finditer(readme) if match["tag"] == tag]
-
-
-def commands() -> Iterator[list[str]]:
-    """Each `$ ` line of a console block, with the lines that its quotes or backslashes include."""
-    for block in blocks("console"):
-        pending = ""
-        for line in block.splitlines(keepends=True):
-            if not pending and not line.startswith("$ "):
-                continue
-            pending += line if pending else line.removeprefix("$ ")
-            if pending.endswith("\\\n"):
-                continue
-            try:
-                words = shlex.split(pending, comments=True)
-            except ValueError:
-                # A quote is still open.
-                continue
-            pending = ""
-            yield words
-        assert not pending, f"an unfinished command: {pending}"
-
-
-GRPCURL = [words for words in commands() if words[0] == "grpcurl"]
-PYTHON = [block for block in blocks("python") if "import" in block]
+# Those that need a model which calls tools are test_readme_tools.py's.
+GRPCURL = [words for words in grpcurl_examples() if not needs_tools(words)]
+PYTHON = python_examples()
 
 
 def title(words: list[str]) -> str:
     return words[-1].rpartition(".")[2]
-
-
-def at(address: str, text: str) -> str:
-    return text.replace(DEFAULT_ADDRESS, address)
-
-
-@pytest.fixture(scope="session")
-def grpcurl() -> str:
-    built = ROOT / ".tools" / "grpcurl"
-    found = str(built) if built.exists() else shutil.which("grpcurl")
-    if found is None:
-        how = "no grpcurl; scripts/install-grpcurl builds it"
-        if os.environ.get("CI") == "true":
-            pytest.fail(how)
-        pytest.skip(how)
-    return found
 
 
 def test_readme_has_examples() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fakes.model import FakeModel
-from fakes.tokenizer import VOCAB_SIZE, FakeTokenizer
+from fakes.tokenizer import FakeTokenizer
 from mlxpool_server.domain import (
     Capability,
     Footprint,
@@ -51,6 +51,15 @@ class FakeFiles:
         self.may_load.set()
         self.may_read_tokenizer.set()
 
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        can = {
+            Capability.CHAT: True,
+            Capability.TOOLS: self.tokenizer.has_tools,
+            Capability.REASONING: self.tokenizer.has_reasoning,
+        }
+        return frozenset(capability for capability, has in can.items() if has)
+
     @classmethod
     def of_size(cls, num_bytes: int, *, is_stepped: bool = False) -> FakeFiles:
         """A model whose estimate is right."""
@@ -79,12 +88,12 @@ class FakeLoader:
             architecture="fake",
             quantization="",
             context_length=files.context_length,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=files.tokenizer.vocab_size,
             estimated_bytes=files.estimated_bytes,
             footprint=files.footprint,
             warm_up_bytes=files.warm_up_bytes,
             revision="r1",
-            capabilities=frozenset({Capability.CHAT}),
+            capabilities=files.capabilities,
         )
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:

@@ -1,0 +1,55 @@
+"""The README's examples, as a reader would copy them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+from e2e.server_process import ROOT
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+_FENCE = re.compile(r"^```(?P<tag>[a-z]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(tag: str) -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [match["body"] for match in _FENCE.finditer(readme) if match["tag"] == tag]
+
+
+def commands() -> Iterator[list[str]]:
+    """Each `$ ` line of a console block, with the lines that its quotes or backslashes include."""
+    for block in blocks("console"):
+        pending = ""
+        for line in block.splitlines(keepends=True):
+            if not pending and not line.startswith("$ "):
+                continue
+            pending += line if pending else line.removeprefix("$ ")
+            if pending.endswith("\\\n"):
+                continue
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:
+                # A quote is still open.
+                continue
+            pending = ""
+            yield words
+        assert not pending, f"an unfinished command: {pending}"
+
+
+def grpcurl_examples() -> list[list[str]]:
+    return [words for words in commands() if words[0] == "grpcurl"]
+
+
+def python_examples() -> list[str]:
+    return [block for block in blocks("python") if "import" in block]
+
+
+def needs_tools(words: Sequence[str]) -> bool:
+    """Whether the demo model cannot do it."""
+    return any('"qwen3"' in word for word in words)
+
+
+def at(address: str, text: str) -> str:
+    return text.replace(DEFAULT_ADDRESS, address)
