@@ -27,6 +27,7 @@ from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolE
 from mlxpool_server.mlx_backend import row_attention
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
+from mlxpool_server.mlx_backend.capabilities import capabilities_of
 from mlxpool_server.mlx_backend.flat_rows import flatten_rows
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
@@ -45,7 +46,6 @@ from mlxpool_server.mlx_backend.model_config import (
     describe_quantization,
     eos_token_ids,
     first_int,
-    has_chat_template,
     headers_of,
     one_line,
     quantization_of,
@@ -59,7 +59,6 @@ from mlxpool_server.mlx_backend.model_size import (
     vocabulary_of,
 )
 from mlxpool_server.mlx_backend.openblas import OpenBlas
-from mlxpool_server.mlx_backend.output_format import capabilities_of
 from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
@@ -204,7 +203,6 @@ class MlxLoader:
             check_quantization(spec.name, quantization)
         choice = self._choose(spec, headers, quantization)
         footprint = _footprint(spec, config, DTYPE_OF.get(choice.layout))
-        has_template = has_chat_template(folder)
         info = ModelInfo(
             architecture=str(config["model_type"]),
             quantization=describe_quantization(quantization),
@@ -214,7 +212,7 @@ class MlxLoader:
             footprint=footprint,
             warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
             revision=folder.name if isinstance(spec.source, HubSource) else "",
-            capabilities=capabilities_of(folder) if has_template else frozenset(),
+            capabilities=capabilities_of(folder),
         )
         return _Look(info, choice)
 

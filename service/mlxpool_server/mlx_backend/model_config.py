@@ -59,16 +59,6 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> object:
         return config.get("eos_token_id")
 
 
-def has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
-        return True
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return bool(config.get("chat_template") or config.get("chat_template_type"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
     """Empty: the weights are not quantised."""
     return _section(config, "quantization") or _section(config, "quantization_config")

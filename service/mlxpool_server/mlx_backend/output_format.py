@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxpool_server.domain import Capability
 from mlxpool_server.mlx_backend import harmony
 from mlxpool_server.mlx_backend.channel_sorter import CALL, NORMAL, REASONING, OutputFormat
-
-# Where in tokenizer.json the added tokens are: before the vocabulary.
-_HEAD_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +36,6 @@ def family_of(wrapper: TokenizerWrapper, special_ids: frozenset[int]) -> Family:
             _parser_name(wrapper), wrapper.think_start or "", wrapper.think_end or "",
         )  # fmt: skip
     return family
-
-
-def capabilities_of(folder: Path) -> frozenset[Capability]:
-    """What the markers in a chat model's small files say; reads no vocabulary."""
-    config = _read_json(folder / "tokenizer_config.json")
-    known = _AddedTokens(_template(folder, config), _added_tokens(folder, config))
-    found = {Capability.CHAT}
-    is_harmony = harmony.is_spoken(known.vocab)
-    # mlx-lm asks a tokenizer, which takes a second to read; this has all that it asks for.
-    infer_parser: Any = tokenizer_utils._infer_tool_parser  # noqa: SLF001 - see above
-    infer_thinking: Any = tokenizer_utils._infer_thinking  # noqa: SLF001 - see above
-    if is_harmony or config.get("tool_parser_type") or infer_parser(known):
-        found.add(Capability.TOOLS)
-    if is_harmony or infer_thinking(known)[0]:
-        found.add(Capability.REASONING)
-    return frozenset(found)
 
 
 def _edges(wrapper: TokenizerWrapper) -> dict[str, tuple[tuple[str, str], ...]]:
@@ -107,52 +83,3 @@ def _shown(
 def _parser_name(wrapper: TokenizerWrapper) -> str:
     parser = wrapper.tool_parser
     return "" if parser is None else str(parser.__module__).rpartition(".")[2]
-
-
-class _AddedTokens:
-    """As much of a tokenizer as mlx-lm looks at to tell families apart."""
-
-    def __init__(self, template: str, tokens: frozenset[str]) -> None:
-        self.chat_template = template
-        self.vocab = dict.fromkeys(tokens, 0)
-
-    def get_vocab(self) -> dict[str, int]:
-        return self.vocab
-
-    def encode(self, _text: str, **_options: object) -> list[int]:
-        return []
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
-    """The one that transformers takes: a file of its own wins."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        template = _read_json(folder / "chat_template.json").get("chat_template")
-        template = template or config.get("chat_template")
-        return template if isinstance(template, str) else ""
-
-
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
-    declared = config.get("added_tokens_decoder")
-    entries: list[Any] = list(declared.values()) if isinstance(declared, dict) else []
-    tokens = {*_read_json(folder / "added_tokens.json")}
-    try:
-        with (folder / "tokenizer.json").open("rb") as file:
-            head = file.read(_HEAD_BYTES).decode("utf-8", "replace")
-        place = head.index("[", head.index('"added_tokens"'))
-        found, _ = json.JSONDecoder().raw_decode(head, place)
-        entries += found
-    except (OSError, ValueError, RecursionError):
-        # Not there, or not where it is written usually: the other files may say it.
-        pass
-    contents = (each.get("content") for each in entries if isinstance(each, dict))
-    return frozenset(tokens | {text for text in contents if isinstance(text, str)})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

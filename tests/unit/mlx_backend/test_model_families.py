@@ -22,7 +22,7 @@ from mlxpool_server.domain import (
     ToolCall,
 )
 from mlxpool_server.engine.sequence import Sequence
-from mlxpool_server.mlx_backend.output_format import capabilities_of
+from mlxpool_server.mlx_backend.capabilities import capabilities_of
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.pool.tool_calls import CallReader
 from model_families import FAMILIES, OSLO, PARIS, WEATHER, Family
