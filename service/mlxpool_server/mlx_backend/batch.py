@@ -62,6 +62,8 @@ class MlxBatch:
         self._samples_on_host = kind == "cpu"
         self._gathers_prompts = kind == "cuda" and is_batchable
         self._waiting: deque[Row] = deque()
+        # Slots to be freed before the next step.
+        self._gone: frozenset[int] = frozenset()
         # Prompts of which some chunks are done.
         self._begun: deque[Prefill] = deque()
         self._was_new_prefill = False
@@ -87,7 +89,17 @@ class MlxBatch:
                 self._forced.append(row)
 
     def remove(self, slots: Sequence[int]) -> None:
-        gone = frozenset(slots)
+        """All that leave between two steps leave at once: each leave copies what stays."""
+        self._gone |= frozenset(slots)
+        held: list[Prefill | Decode] = [*self._begun, *self._decodes]
+        rows = (*self._waiting, *(row for each in held for row in each.rows))
+        if all(row.slot in self._gone for row in rows):
+            # No step will come before which they could go.
+            self._let_go()
+            self._prefixes.begin_copies()
+
+    def _let_go(self) -> None:
+        gone, self._gone = self._gone, frozenset()
         self._forced = [row for row in self._forced if row.slot not in gone]
         self._waiting = deque(row for row in self._waiting if row.slot not in gone)
         for prefill in self._begun:
@@ -96,11 +108,10 @@ class MlxBatch:
         for decode in self._decodes:
             decode.remove(gone, self._prefixes)
         self._decodes = [decode for decode in self._decodes if decode.rows]
-        if not (self._has_prompts or self._decodes):
-            # No step will come behind which they could go.
-            self._prefixes.begin_copies()
 
     def step(self) -> StepOutput:
+        if self._gone:
+            self._let_go()
         output = self._timed_step()
         self._prefixes.begin_copies()
         return output

@@ -250,6 +250,28 @@ def test_a_model_that_cannot_be_batched_lets_rows_leave(tmp_path: Path, clock: C
     assert batch.kv_bytes() == 0
 
 
+def test_rows_that_leave_one_by_one_leave_at_once(batch: MlxBatch) -> None:
+    """Cancelled together, 16 streams would leave 15 copies of the caches behind, all in use."""
+    batch.limit_prompt_cache(1 << 24)
+    for slot in range(16):
+        batch.add(slot, [slot, *range(100)], GREEDY)
+    said: set[int] = set()
+    while len(said) < 16:
+        said |= {slot for slot, _ in batch.step().tokens}
+    batch.settle()
+    kv_bytes = batch.kv_bytes()
+    mx.clear_cache()
+    held_bytes = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for slot in range(15):
+        batch.remove([slot])
+    tokens = [token for _ in range(3) for token in batch.step().tokens]
+    batch.settle()
+    assert {slot for slot, _ in tokens} == {15}
+    # What it was, what stays of it, and what is kept of the prompts.
+    assert mx.get_peak_memory() - held_bytes < 2 * kv_bytes
+
+
 @pytest.fixture
 def gathering(batch: MlxBatch, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MlxBatch:
     """A batch as on CUDA, with one row that decodes, soon after a pass of 10 ms."""
