@@ -42,7 +42,7 @@ class Scale:
     stop_streams: int = 100
     stop_after_s: float = 4.0
     stop_grace_s: float = 10.0
-    # Each of a few rounds of load of every kind; its streams end later.
+    # Each of a few rounds of load of every kind, and as long again of attacks.
     warm_up_s: float = 30.0
 
 
@@ -65,18 +65,20 @@ def warm_up(server: Server, watch: Watch, scale: Scale) -> Vitals:
 
     Returns what the server holds then, its caches emptied.
     """
+    each_s = scale.warm_up_s / 5
     crowds = (
-        Crowd("good", scale.streams, server.address),
-        Crowd("cancelling", scale.window_streams, server.address),
-        Crowd("stalling", max(1, scale.window_streams // 10), server.address),
-        Crowd("vanishing", max(1, scale.window_streams // 10), server.address),
-        Crowd("attacking", _ATTACKERS, server.address),
-        Crowd("short", _SHORT_STREAMS, server.address),
+        (Crowd("good", scale.streams, server.address), each_s),
+        (Crowd("cancelling", scale.window_streams, server.address), each_s),
+        (Crowd("stalling", max(1, scale.window_streams // 10), server.address), each_s),
+        (Crowd("vanishing", max(1, scale.window_streams // 10), server.address), each_s),
+        (Crowd("short", _SHORT_STREAMS, server.address), each_s),
+        # What it makes the server grow by once comes last, in minutes.
+        (Crowd("attacking", _ATTACKERS, server.address), scale.warm_up_s),
     )
     for _ in range(_WARM_UP_ROUNDS):
-        for crowd in crowds:
+        for crowd, seconds in crowds:
             with running_crowd(crowd) as clients:
-                clients.begin(ramp_s=0.0, seconds=scale.warm_up_s / len(crowds))
+                clients.begin(ramp_s=0.0, seconds=seconds)
                 clients.tally()
     return watch.rest(SETTLE_TIMEOUT_S)
 

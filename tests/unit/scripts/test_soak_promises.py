@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from soak.promises import Outcome, check_latency, check_streams, check_vitals
+from soak.promises import Latency, Outcome, check_latency, check_streams, check_vitals
 from soak.report import facts, render
 from soak.tally import Tally
 from soak.vitals import Vitals
@@ -81,18 +81,32 @@ def test_streams_without_an_end_are_broken_promises(good: Tally, names: list[str
 @pytest.mark.parametrize(("slowest_ms", "names"), [(14.0, []), (16.0, ["latency of the others"])])
 def test_latency_is_compared_over_all_windows(slowest_ms: float, names: list[str]) -> None:
     """The p99 of all gaps, not of one window's."""
-    outcome = Outcome("x")
     alone = [Tally(gaps_ms=[10.0] * 100)] * 2
     beside = [Tally(gaps_ms=[10.0] * 96 + [slowest_ms] * 4)] * 2
-    check_latency(outcome, alone, beside)
+    outcome = Outcome("x", latency=Latency(alone=alone, beside=beside))
+    check_latency(outcome)
     assert broken(outcome) == names
-    assert outcome.ratio == pytest.approx(slowest_ms / 10)
+    assert outcome.latency is not None
+    assert outcome.latency.ratio == pytest.approx(slowest_ms / 10)
+
+
+def test_latency_is_compared_with_as_many_clients() -> None:
+    """What more streams cost is their load; the ratio to fewer is reported beside it."""
+    alone, as_many, beside = ([Tally(gaps_ms=[gap] * 100)] for gap in (10.0, 20.0, 24.0))
+    latency = Latency(alone=alone, as_many=as_many, beside=beside)
+    outcome = Outcome("x", latency=latency)
+    check_latency(outcome)
+    assert broken(outcome) == []
+    assert (latency.ratio, latency.load_ratio) == (pytest.approx(1.2), pytest.approx(2.4))
+    outcome.figures = latency.figures()
+    assert "10 / 20 / 24 | 1.20" in render([outcome])
+    assert "ratio_to_alone 2.40" in render([outcome])
 
 
 def test_latency_without_gaps_is_broken() -> None:
     """No figure is not a good figure."""
-    outcome = Outcome("x")
-    check_latency(outcome, [Tally()], [Tally()])
+    outcome = Outcome("x", latency=Latency(alone=[Tally()], beside=[Tally()]))
+    check_latency(outcome)
     assert broken(outcome) == ["latency of the others"]
 
 
