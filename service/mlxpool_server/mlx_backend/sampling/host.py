@@ -34,7 +34,11 @@ def _sample_row(logits: Floats, row: SampledRow) -> int:
     if row.is_greedy:
         return int(logits.argmax())
     number, xtc_strikes = row.next_draw()
-    logits = logits - logits.max()
+    largest_logit = logits.max()
+    if not np.isfinite(largest_logit):
+        # Nothing has a probability: a model that overflowed, or all words ruled out.
+        return int(logits.argmax())
+    logits = logits - largest_logit
     if row.top_k and not xtc_strikes and (places := largest(logits, row.top_k)) is not None:
         return _sample_among(places, logits, row, number)
     weights = np.exp(logits)

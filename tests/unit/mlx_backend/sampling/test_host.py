@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -111,3 +113,25 @@ def test_looking_at_the_largest_only_changes_no_token(
         patch.setattr(host, "largest", lambda *_: None)
         expected = host.sample(logits, [SampledRow(params, [1], size)])
     assert host.sample(logits, [SampledRow(params, [1], size)]) == expected
+
+
+# ---------------------------------------------------------------- rows without probabilities
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("strikes", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_without_probabilities_are_taken_greedily(
+    value: float, strikes: float, filters: dict[str, float]
+) -> None:
+    """One such row would otherwise end every stream of its batch, or warn with each token."""
+    params = replace(SamplingParams(seed=1, xtc_probability=strikes), **filters)  # type: ignore[arg-type]
+    one = np.full(1000, -np.inf if value < 0 else 0.0, dtype=np.float32)
+    one[7] = value
+    whole = np.full(1000, value, dtype=np.float32)
+    rows = [SampledRow(params, [1], 1000) for _ in range(2)]
+    assert host.sample(np.stack([one, whole]), rows) == [0 if value < 0 else 7, 0]
