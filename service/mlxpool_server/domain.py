@@ -28,6 +28,7 @@ class ModelState(enum.Enum):
 
 class Capability(enum.Enum):
     CHAT = "chat"
+    CONSTRAINTS = "constraints"
     TOOLS = "tools"
     REASONING = "reasoning"
 
@@ -344,6 +345,24 @@ class SamplingParams:
     seed: int | None = None
 
 
+class ConstraintSyntax(enum.Enum):
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    LARK = "Lark grammar"
+    GBNF = "GBNF grammar"
+    # A JSON array of strings, one of which the output has to be.
+    CHOICES = "choices"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the output has to be. `field` is where the request says so, in proto names."""
+
+    syntax: ConstraintSyntax
+    source: str
+    field: str = field(default="constraint", compare=False)
+
+
 @dataclass(frozen=True, slots=True)
 class StopConditions:
     """`max_tokens` None: up to the model's context length."""
@@ -370,6 +389,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: StopConditions = field(default_factory=StopConditions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    # None: any text.
+    constraint: Constraint | None = None
     # Empty: the server makes one.
     generation_id: str = ""
     priority: Priority = Priority.NORMAL

@@ -19,6 +19,16 @@ class InvalidFieldError(MlxpoolError, ValueError):
         self.problem = problem
 
 
+class BadConstraintError(MlxpoolError, ValueError):
+    """`field` is the request's field path; `place` is where in the constraint, empty: all of it."""
+
+    def __init__(self, field: str, problem: str, place: str = "") -> None:
+        self.problem = f"at {place}: {problem}" if place else problem
+        super().__init__(f"{field}: {self.problem}")
+        self.field = field
+        self.place = place
+
+
 class NotImplementedFieldError(MlxpoolError, NotImplementedError):
     """The contract has the field or RPC; this server does not honour it yet."""
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fakes.tokenizer import EOS
 from mlxpool_server.domain import SamplingParams
-from mlxpool_server.engine.backend import StepOutput
+from mlxpool_server.engine.backend import Guide, StepOutput
+from mlxpool_server.errors import MlxpoolError
 
 Script = Callable[[Sequence[int]], Iterator[int]]
 
@@ -42,6 +43,8 @@ class FakeModel:
         self.runner_errors: list[Exception] = []
         self.add_errors: list[Exception] = []
         self.remove_errors: list[Exception] = []
+        # By slot: why it alone cannot go on, told by the next step.
+        self.slot_errors: dict[int, MlxpoolError] = {}
         self.close_errors: list[Exception] = []
         self.batches: list[FakeBatch] = []
 
@@ -67,18 +70,26 @@ class FakeBatch:
         self.slots: dict[int, Iterator[int]] = {}
         self.prompts: dict[int, Sequence[int]] = {}
         self.samplings: dict[int, SamplingParams] = {}
+        self.guides: dict[int, Guide | None] = {}
         # In the order in which they joined.
         self.joined: list[Sequence[int]] = []
         self.largest = 0
         self.num_steps = 0
         self.threads: set[str] = set()
 
-    def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def add(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        guide: Guide | None = None,
+    ) -> None:
         _raise_next(self.model.add_errors)
         self.joined.append(prompt)
         self.slots[slot] = self.model.script(prompt)
         self.prompts[slot] = prompt
         self.samplings[slot] = sampling
+        self.guides[slot] = guide
         self.largest = max(self.largest, len(self.slots))
 
     def remove(self, slots: Sequence[int]) -> None:
@@ -104,7 +115,8 @@ class FakeBatch:
         tokens = tuple(
             (slot, next(script)) for slot, script in self.slots.items() if slot not in fresh
         )
-        return StepOutput(tokens=tokens, prefilled=prefilled)
+        failed, self.model.slot_errors = tuple(self.model.slot_errors.items()), {}
+        return StepOutput(tokens=tokens, prefilled=prefilled, failed=failed)
 
     def settle(self) -> None:
         """Nothing runs ahead here."""

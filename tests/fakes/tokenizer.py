@@ -5,9 +5,9 @@ from __future__ import annotations
 import codecs
 import threading
 
-from mlxpool_server.domain import ChatPrompt, Role, ToolCall
+from mlxpool_server.domain import ChatPrompt, Constraint, Role, ToolCall
 from mlxpool_server.engine.backend import ChannelSorter
-from mlxpool_server.errors import InvalidFieldError, MalformedCallError
+from mlxpool_server.errors import BadConstraintError, InvalidFieldError, MalformedCallError
 from mlxpool_server.mlx_backend import chat_variables
 from mlxpool_server.mlx_backend.channel_sorter import CALL, NORMAL, REASONING, OutputFormat, Sorter
 
@@ -39,6 +39,16 @@ class FakeDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+class FakeGuide:
+    """Allows everything."""
+
+    def allowed(self) -> bytes:
+        return b"\xff" * ((VOCAB_SIZE + 7) // 8)
+
+    def advance(self, token_id: int) -> None:
+        pass
+
+
 class FakeTokenizer:
     """`may_encode` cleared: encoding waits until it is set."""
 
@@ -54,6 +64,9 @@ class FakeTokenizer:
         self.may_encode.set()
         self.is_encoding = threading.Event()
         self.threads: set[str] = set()
+        self.has_constraints = True
+        self.may_compile = threading.Event()
+        self.may_compile.set()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         self.threads.add(threading.current_thread().name)
@@ -88,5 +101,13 @@ class FakeTokenizer:
         self.threads.add(threading.current_thread().name)
         return b"" if token_id == EOS else bytes([token_id])
 
-    def new_decoder(self) -> FakeDecoder:
+    def new_decoder(self, *, is_exact: bool = False) -> FakeDecoder:
         return FakeDecoder()
+
+    def compile(self, constraint: Constraint) -> FakeGuide:
+        self.threads.add(threading.current_thread().name)
+        if not self.may_compile.wait(timeout=30):
+            raise TimeoutError("the test never let compile go on")
+        if constraint.source == "{":
+            raise BadConstraintError(constraint.field, "is no JSON", "line 1, column 2")
+        return FakeGuide()

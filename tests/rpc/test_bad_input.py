@@ -398,17 +398,6 @@ def _message(**fields: Any) -> pb.Prompt:
 CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("adapter", text_request(adapter="a")),
-    *(
-        ("constraint", text_request(constraint=constraint))
-        for constraint in (
-            pb.OutputConstraint(),
-            pb.OutputConstraint(json_object=pb.JsonObject()),
-            pb.OutputConstraint(json_schema="{}"),
-            pb.OutputConstraint(regex="a"),
-            pb.OutputConstraint(grammar=pb.Grammar()),
-            pb.OutputConstraint(choices=pb.Choices(values=["a"])),
-        )
-    ),
     ("output.top_logprobs", text_request(output=pb.OutputOptions(top_logprobs=0))),
     (
         f"{CHAT}tool_choice.mode",
@@ -447,8 +436,8 @@ async def test_not_implemented(server: Server, field: str, request_: Message) ->
 
 # Fields that this server honours, or that name what another field of the table is about.
 HONOURED = {
-    "GenerateRequest": "model prompt sampling stop output generation_id priority keep_alive "
-    "require_loaded disable_prompt_cache",
+    "GenerateRequest": "model prompt sampling stop constraint output generation_id priority "
+    "keep_alive require_loaded disable_prompt_cache",
     "StopConditions": "max_tokens max_reasoning_tokens sequences token_ids ignore_eos max_duration",
     "OutputOptions": "final_only include_token_ids",
     "ChatPrompt": "messages tools tool_choice enable_reasoning continue_final_message "

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as model_pb
+from mlxpool_client.constraints import constraint_message
 from mlxpool_client.durations import optional_duration
 from mlxpool_client.enums import CacheKind, ModelState, Priority, Role, ToolMode
 from mlxpool_client.memory import MemoryLimits
@@ -66,6 +67,14 @@ class GenerateOptions(TypedDict, total=False):
     # Seconds; ends with FinishReason.TIME_LIMIT and keeps the partial result.
     max_duration_s: float | None
 
+    # What the output has to be, one of these; a schema as JSON text or as a mapping.
+    json_object: bool
+    json_schema: str | Mapping[str, object] | None
+    regex: str | None
+    lark: str | None
+    gbnf: str | None
+    choices: Sequence[str] | None
+
     # No deltas: Started, Progress, Finished.
     final_only: bool
     include_token_ids: bool
@@ -121,6 +130,7 @@ def generate_request(
         ),
         sampling=_sampling(options),
         stop=_stop(options),
+        constraint=constraint_message(options),
         output=model_pb.OutputOptions(
             final_only=options.get("final_only", False),
             include_token_ids=options.get("include_token_ids", False),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mlxpool_server.domain import OutputPart, SamplingParams
+from mlxpool_server.errors import MlxpoolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +20,37 @@ class StepOutput:
     prefilled: tuple[tuple[int, int], ...] = ()
     # (slot, how many of those were in the prompt cache).
     cached: tuple[tuple[int, int], ...] = ()
+    # (slot, why it alone cannot go on): it wants to be removed.
+    failed: tuple[tuple[int, MlxpoolError], ...] = ()
+
+
+class Guide(Protocol):
+    """Says which tokens may come next in one generation; its own, on one thread at a time."""
+
+    def allowed(self) -> bytes:
+        """One bit a token id, the lowest first; at least one is set.
+
+        Raises: BadConstraintError when the constraint turns out too complex, here or in `advance`.
+        """
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token, one of those that were allowed."""
 
 
 class BatchRunner(Protocol):
     """One model's running batch. Engine thread only. A slot is the caller's name for a row."""
 
-    def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary."""
+    def add(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        guide: Guide | None = None,
+    ) -> None:
+        """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary.
+
+        `guide` None: any token may come.
+        """
 
     def remove(self, slots: Sequence[int]) -> None:
         """Free these slots before the next step, in whatever phase they are.

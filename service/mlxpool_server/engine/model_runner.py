@@ -78,7 +78,8 @@ class ModelRunner:
         admitted = self._scheduler.admit()
         for sequence in admitted:
             try:
-                self._batch.add(sequence.slot, sequence.request.prompt, sequence.request.sampling)
+                request = sequence.request
+                self._batch.add(sequence.slot, request.prompt, request.sampling, request.guide)
             except Exception:  # it never joined the batch, so it fails alone
                 log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
                 self._emit(sequence.slot, GenerationFailedError(self._name))
@@ -105,6 +106,10 @@ class ModelRunner:
             if (sequence := self._scheduler.running(slot)) is not None
             and self._take(sequence, token_id)
         ]
+        for slot, error in output.failed:
+            if (failed := self._scheduler.running(slot)) is not None:
+                self._emit(slot, error)
+                ended.append(failed)
         self._remove(ended)
 
     def settle(self) -> None:

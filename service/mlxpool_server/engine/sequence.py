@@ -16,7 +16,7 @@ from mlxpool_server.domain import (
     SamplingParams,
     TokenUsage,
 )
-from mlxpool_server.engine.backend import ChannelSorter, TextDecoder
+from mlxpool_server.engine.backend import ChannelSorter, Guide, TextDecoder
 from mlxpool_server.engine.channel_fold import ChannelFold
 from mlxpool_server.engine.stop_matcher import StopMatcher
 from mlxpool_server.engine.text_fold import TextFold
@@ -44,6 +44,8 @@ class SequenceRequest:
     # math.inf: never.
     expires_at: float = math.inf
     priority: Priority = Priority.NORMAL
+    # None: any token may come.
+    guide: Guide | None = None
     # None: all of it is text.
     sorter: ChannelSorter | None = None
     # So many tokens of thoughts, then these tokens end them. None: no limit.

@@ -12,11 +12,14 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxpool_server.domain import SamplingParams
-from mlxpool_server.engine.backend import StepOutput
+from mlxpool_server.engine.backend import Guide, StepOutput
+from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.decode import Decode
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.mask_maker import MaskMaker
+from mlxpool_server.mlx_backend.masked_sampling import MaskedSampler, masked_on_host
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.prefill import Prefill
 from mlxpool_server.mlx_backend.prefill_pace import PrefillPace
@@ -24,7 +27,6 @@ from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
 from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.row_cache import new_caches
 from mlxpool_server.mlx_backend.sampling import host
-from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 # How often freed buffers go back to the system: their sizes change as the batch grows.
@@ -73,13 +75,21 @@ class MlxBatch:
         # Rows whose next tokens are given.
         self._forced: list[Row] = []
         self._prefixes = PrefixCache()
+        self._masks = MaskMaker()
         self._num_prefilled = 0
         self._decoded_at = 0.0
         self._num_steps = 0
 
-    def add(self, slot: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def add(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        guide: Guide | None = None,
+    ) -> None:
         sampled = SampledRow(sampling, prompt, self._vocab_size)
-        self._waiting.append(Row(slot, tuple(prompt), sampled))
+        mask = None if guide is None else self._masks.begin(guide)
+        self._waiting.append(Row(slot, tuple(prompt), sampled, mask=mask))
 
     def force(self, slot: int, token_ids: Sequence[int]) -> None:
         held: list[Prefill | Decode] = [*self._begun, *self._decodes]
@@ -151,6 +161,7 @@ class MlxBatch:
         return self._prefixes.nbytes
 
     def close(self) -> None:
+        self._masks.close()
         self._prefixes.clear()
         self._waiting.clear()
         self._begun.clear()
@@ -201,8 +212,11 @@ class MlxBatch:
         self._num_prefilled = num_tokens * len(rows)
         self._passed_at = time.monotonic()
         self._pace.learn_pass(self._num_prefilled, self._passed_at - started_at)
+        first = [(row.slot, row.token) for row in complete if row.failure is None]
+        self._masks.advance(complete)
         return StepOutput(
-            tokens=(*tokens, *((row.slot, row.token) for row in complete)),
+            tokens=(*tokens, *first),
+            failed=self._failed(),
             prefilled=tuple((row.slot, row.num_done) for row in rows),
             cached=tuple((row.slot, row.num_cached) for row in rows if row.num_cached),
         )
@@ -258,12 +272,13 @@ class MlxBatch:
 
     def _sample_first(self, rows: Sequence[Row], logits: mx.array) -> None:
         sampled = [row.sampled for row in rows]
+        self._masks.wait(rows)
         if self._samples_on_host:
-            tokens = host.sample(as_numpy(logits.astype(mx.float32)), sampled)
+            on_host = as_numpy(logits.astype(mx.float32))
+            tokens = host.sample(masked_on_host(on_host, rows), sampled)
         else:
-            sampler = DeviceSampler(self._vocab_size)
-            sampler.extend(sampled)
-            tokens = [int(token) for token in as_numpy(sampler.sample(logits))]
+            chosen = MaskedSampler(self._vocab_size).sample(logits, rows)
+            tokens = [int(token) for token in as_numpy(chosen)]
         for row, token in zip(rows, tokens, strict=True):
             row.accept(token)
 
@@ -272,7 +287,12 @@ class MlxBatch:
     def _join(self, rows: list[Row], caches: list[Any]) -> None:
         if not self._decodes or not self._is_batchable:
             self._decodes.append(
-                Decode(self._model, self._vocab_size, samples_on_host=self._samples_on_host)
+                Decode(
+                    self._model,
+                    self._vocab_size,
+                    self._masks,
+                    samples_on_host=self._samples_on_host,
+                )
             )
         self._decodes[-1].extend(rows, caches)
 
@@ -280,7 +300,15 @@ class MlxBatch:
         started_at = time.monotonic()
         tokens = self._decode_tokens()
         self._pace.learn_step(self._decoded_at - started_at)
-        return StepOutput(tokens=tuple(tokens))
+        return StepOutput(tokens=tuple(tokens), failed=self._failed())
+
+    def _failed(self) -> tuple[tuple[int, MlxpoolError], ...]:
+        return tuple(
+            (row.slot, row.failure)
+            for decode in self._decodes
+            for row in decode.rows
+            if row.failure is not None
+        )
 
     def _decode_tokens(self) -> list[tuple[int, int]]:
         self._forced = [row for row in self._forced if row.forced]

@@ -20,14 +20,15 @@ _MAX_BYTES = 32 * 1024 * 1024
 
 
 def capabilities_of(folder: Path) -> frozenset[Capability]:
-    """Empty for a model without a chat template."""
+    """Those of a chat need a chat template, constraints a vocabulary that can be read."""
+    found = {Capability.CONSTRAINTS} if (folder / "tokenizer.json").is_file() else set()
     config = _read_json(folder / "tokenizer_config.json")
     template = _template(folder, config)
     # mlx-lm has templates of its own, by their type.
     if not (template or config.get("chat_template_type")):
-        return frozenset()
+        return frozenset(found)
     known = _AddedTokens(template, _added_tokens(folder, config))
-    found = {Capability.CHAT}
+    found.add(Capability.CHAT)
     is_harmony = harmony.is_spoken(known.vocab)
     # mlx-lm asks a tokenizer, which takes a second to read; this has all that it asks for.
     infer_parser: Any = tokenizer_utils._infer_tool_parser  # noqa: SLF001 - see above

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.mask_maker import MaskMaker
+from mlxpool_server.mlx_backend.masked_sampling import MaskedSampler, masked_on_host
 from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
 from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.sampling import host
@@ -31,7 +33,9 @@ class _Launched:
 class Decode:
     """Engine thread only."""
 
-    def __init__(self, model: LastRows, vocab_size: int, *, samples_on_host: bool) -> None:
+    def __init__(
+        self, model: LastRows, vocab_size: int, masks: MaskMaker, *, samples_on_host: bool
+    ) -> None:
         """`samples_on_host`: what is more than the most likely token is left to numpy."""
         self._model = model
         self._vocab_size = vocab_size
@@ -43,6 +47,9 @@ class Decode:
         self._launched: _Launched | None = None
         # None: its rows' state is known here and not on the device.
         self._sampler: DeviceSampler | None = None
+        self._masks = masks
+        # Rows under constraints, on a device: tokens are chosen when their masks are there.
+        self._masked = MaskedSampler(vocab_size)
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +109,8 @@ class Decode:
         """
         launched = self._launched
         is_forced = bool(forced) and any(row.slot in forced for row in self.rows)
+        if not is_forced and self._chooses_late(launched):
+            return self._masked_step(launched)
         if is_forced or self._samples_here() or (launched and launched.logits is not None):
             tokens = self._read(launched)
             # All that was decided is known here now.
@@ -112,7 +121,7 @@ class Decode:
         return self._read(launched)
 
     def _samples_here(self) -> bool:
-        return self._samples_on_host and not all(row.sampled.is_plain_greedy for row in self.rows)
+        return self._samples_on_host and not all(row.is_plain_greedy for row in self.rows)
 
     def _launch(self) -> None:
         feed = _as_array(self.rows) if self._feed is None else self._feed
@@ -137,14 +146,68 @@ class Decode:
         places = [place for place, row in enumerate(launched.rows) if row in here]
         rows = [launched.rows[place] for place in places]
         if launched.logits is not None:
-            logits = as_numpy(launched.logits)[places]
+            on_host = as_numpy(launched.logits)[places]
+            self._masks.wait(rows)
+            logits = masked_on_host(on_host, rows)
             tokens = host.sample(logits, [row.sampled for row in rows])
         else:
             told = as_numpy(launched.tokens)
             tokens = [int(told[place]) for place in places]
+        return self._accept(rows, tokens)
+
+    def _accept(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[tuple[int, int]]:
         for row, token in zip(rows, tokens, strict=True):
             row.accept(token)
-        return [(row.slot, row.token) for row in rows]
+        told = [(row.slot, row.token) for row in rows if row.failure is None]
+        self._masks.advance(rows)
+        return told
+
+    # ------------------------------------------------------------ rows under constraints
+
+    def _chooses_late(self, launched: _Launched | None) -> bool:
+        is_masked = any(row.mask for row in self.rows)
+        if self._samples_on_host:
+            # The most likely of what is allowed needs no numpy.
+            return is_masked and all(row.sampled.is_plain_greedy for row in self.rows)
+        return is_masked or (launched is not None and launched.logits is not None)
+
+    def _masked_step(self, launched: _Launched | None) -> list[tuple[int, int]]:
+        """Choose tokens from the logits that were launched, and launch the next ones'.
+
+        The masks were made while the device worked on the logits.
+        """
+        here = set(self.rows)
+        if launched is None or launched.logits is None or here.isdisjoint(launched.rows):
+            tokens = self._read(launched)
+            self._feed = self._sampler = None
+            self._launch_logits(_as_array(self.rows))
+            return tokens
+        places = [place for place, row in enumerate(launched.rows) if row in here]
+        rows = [launched.rows[place] for place in places]
+        logits = launched.logits
+        if len(places) < len(launched.rows):
+            logits = logits[mx.array(places, dtype=mx.uint32)]
+        self._masks.wait(rows)
+        chosen = self._masked.sample(logits, rows)
+        # Behind the next pass it would be known only when that is done, and its masks later still.
+        mx.async_eval(chosen)  # type: ignore[no-untyped-call]
+        joined = self.rows[len(rows) :]
+        is_masked = any(row.mask for row in self.rows)
+        if is_masked:
+            feed = mx.concatenate([chosen, _as_array(joined)]) if joined else chosen
+            self._launch_logits(feed)
+        tokens = self._accept(rows, [int(token) for token in as_numpy(chosen)])
+        if not is_masked:
+            self._masked.clear()
+            self._launch()
+        return tokens
+
+    def _launch_logits(self, feed: mx.array) -> None:
+        logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
+        if self._samples_on_host:
+            logits = logits.astype(mx.float32)
+        self._launched = _Launched(tuple(self.rows), feed, logits=logits)
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
 
 
 def _as_array(rows: Sequence[Row]) -> mx.array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxpool_server.errors import MlxpoolError
+from mlxpool_server.mlx_backend.row_mask import RowMask
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
 
@@ -19,12 +21,23 @@ class Row:
     # Those of them that were there before it came.
     num_cached: int = 0
     generated: list[int] = field(default_factory=list)
+    # None: any token may come.
+    mask: RowMask | None = None
     # What comes next, whatever is sampled.
     forced: list[int] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
         return len(self.prompt) - self.num_done
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        return self.sampled.is_plain_greedy and self.mask is None
+
+    @property
+    def failure(self) -> MlxpoolError | None:
+        """Why it alone cannot go on."""
+        return None if self.mask is None else self.mask.error
 
     @property
     def token(self) -> int:

@@ -6,7 +6,7 @@ import codecs
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from mlx_lm.tokenizer_utils import (
 )
 from mlx_lm.utils import load_tokenizer
 
-from mlxpool_server.domain import ChatPrompt, ToolCall
-from mlxpool_server.engine.backend import ChannelSorter, TextDecoder
+from mlxpool_server.domain import ChatPrompt, Constraint, ToolCall
+from mlxpool_server.engine.backend import ChannelSorter, Guide, TextDecoder
 from mlxpool_server.errors import InvalidFieldError, MalformedCallError
 from mlxpool_server.mlx_backend import chat_variables
 from mlxpool_server.mlx_backend.channel_sorter import NORMAL, REASONING, Sorter
+from mlxpool_server.mlx_backend.constraints.compiler import ConstraintCompiler
 from mlxpool_server.mlx_backend.foreign_tokenizer import check_growth, panics_as_errors
 from mlxpool_server.mlx_backend.output_format import family_of
 from mlxpool_server.mlx_backend.template_renderer import CallError, shared_renderer
@@ -46,6 +47,7 @@ class MlxTokenizer:
         elif isinstance(detokenizer, SPMStreamingDetokenizer):
             self._trims_first_space = detokenizer.trim_space
         self._pieces = _pieces_of(wrapper, detokenizer)
+        self._compiler: ConstraintCompiler | None = None
         self._max_token_chars = max((len(piece) for piece in self._pieces), default=1)
         self._family = family_of(wrapper, self._special_ids)
 
@@ -194,12 +196,32 @@ class MlxTokenizer:
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
-    def new_decoder(self) -> TextDecoder:
+    def new_decoder(self, *, is_exact: bool = False) -> TextDecoder:
         if self._trims_first_space is None:
             return SlowDecoder(self._wrapper.detokenizer, self._special_ids)
-        return ByteDecoder(
-            self._pieces, self._special_ids, trims_first_space=self._trims_first_space
-        )
+        trims_first_space = self._trims_first_space and not is_exact
+        return ByteDecoder(self._pieces, self._special_ids, trims_first_space=trims_first_space)
+
+    @property
+    def has_constraints(self) -> bool:
+        """Not when its tokens are no plain bytes, or when none ends a text."""
+        return self._trims_first_space is not None and bool(self._ends)
+
+    def compile(self, constraint: Constraint) -> Guide:
+        with self._lock:
+            if self._compiler is None:
+                pieces = self._pieces[: self._vocab_size]
+                self._compiler = ConstraintCompiler(
+                    pieces + (b"",) * (self._vocab_size - len(pieces)),
+                    special_ids=sorted(self._special_ids),
+                    eos_ids=self._ends,
+                    encode=partial(self.encode, add_special_tokens=False),
+                )
+        return self._compiler.compile(constraint)
+
+    @property
+    def _ends(self) -> list[int]:
+        return sorted(token for token in self.eos_token_ids if token < self._vocab_size)
 
 
 def _pieces_of(wrapper: TokenizerWrapper, detokenizer: StreamingDetokenizer) -> tuple[bytes, ...]:

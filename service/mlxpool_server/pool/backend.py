@@ -7,6 +7,7 @@ from typing import Protocol
 
 from mlxpool_server.domain import (
     ChatPrompt,
+    Constraint,
     DeviceInfo,
     LoadProgress,
     MemoryLimits,
@@ -14,7 +15,7 @@ from mlxpool_server.domain import (
     ModelSpec,
     ToolCall,
 )
-from mlxpool_server.engine.backend import ChannelSorter, LoadedModel, TextDecoder
+from mlxpool_server.engine.backend import ChannelSorter, Guide, LoadedModel, TextDecoder
 
 
 class Tokenizer(Protocol):
@@ -66,7 +67,18 @@ class Tokenizer(Protocol):
     def piece(self, token_id: int) -> bytes:
         """Return the token's exact bytes."""
 
-    def new_decoder(self) -> TextDecoder: ...
+    def new_decoder(self, *, is_exact: bool = False) -> TextDecoder:
+        """`is_exact`: the text is the tokens' bytes, no space of theirs is trimmed."""
+
+    @property
+    def has_constraints(self) -> bool:
+        """Whether `compile` can be asked."""
+
+    def compile(self, constraint: Constraint) -> Guide:
+        """Return a new guide; blocks for a while, for seconds at worst.
+
+        Raises: BadConstraintError.
+        """
 
 
 class ModelLoader(Protocol):

@@ -23,7 +23,7 @@ from mlxpool_server.domain import (
     SamplingParams,
     ToolCall,
 )
-from mlxpool_server.engine.backend import ChannelSorter
+from mlxpool_server.engine.backend import ChannelSorter, Guide
 from mlxpool_server.engine.delta_pacer import DeltaPacer
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.sequence import SequenceRequest
@@ -56,6 +56,7 @@ class _Admitted:
     tokenizer: Tokenizer
     sampling: SamplingParams
     revision: str
+    guide: Guide | None
     # None: its output is text, whatever is in it.
     sorter: ChannelSorter | None = None
 
@@ -248,12 +249,14 @@ class Generations:
             self._pool.check_fits(
                 Reservation(spec.name, info.footprint, prompt_tokens + max_tokens, prompt_tokens)
             )
+        guide = await self._prompts.guide(spec, request.constraint)
         self._pool.set_next_keep_alive(spec.name, request.keep_alive_s)
         return _Admitted(
             prompt=prompt.token_ids,
             tokenizer=tokenizer,
             sampling=_with_seed(request.sampling),
             revision="" if info is None else info.revision,
+            guide=guide,
             sorter=None if chat is None else tokenizer.new_sorter(chat, prompt.text),
         )
 
@@ -282,7 +285,7 @@ class Generations:
             sampling=admitted.sampling,
             max_tokens=max_tokens,
             limit_reason=limit_reason,
-            decoder=tokenizer.new_decoder(),
+            decoder=tokenizer.new_decoder(is_exact=admitted.guide is not None),
             received_at=generation.received_at,
             submitted_at=time.monotonic(),
             load_s=load_s,
@@ -293,6 +296,7 @@ class Generations:
             final_only=request.output.final_only,
             expires_at=generation.expires_at,
             priority=request.priority,
+            guide=admitted.guide,
             sorter=admitted.sorter,
             max_reasoning_tokens=stop.max_reasoning_tokens,
             reasoning_end=() if admitted.sorter is None else tokenizer.reasoning_end,

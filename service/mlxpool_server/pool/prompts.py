@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from mlxpool_server.domain import (
     ChatPrompt,
+    Constraint,
     ModelSpec,
     Prompt,
     RenderedPrompt,
@@ -16,7 +17,10 @@ from mlxpool_server.domain import (
     TokenPrompt,
     ToolCall,
 )
+from mlxpool_server.engine.backend import Guide
 from mlxpool_server.errors import (
+    BadConstraintError,
+    CapabilityMissingError,
     InvalidFieldError,
     MalformedCallError,
     PromptTooLongError,
@@ -48,21 +52,25 @@ class PromptReader:
         """`load_number`: as Tokenizers takes it; `limit_s` for each prompt, with its wait."""
         self._threads = ModelThreads(limit_s)
         self._tokenizers = Tokenizers(loader, load_number)
+        # Their own: a grammar that takes long keeps no prompt waiting.
+        self._compilers = ModelThreads(limit_s)
 
     @property
     def is_idle(self) -> bool:
         """False: a thread is busy, for nobody, and would keep the process from its end."""
-        return self._threads.is_idle and self._tokenizers.is_idle
+        return self._threads.is_idle and self._compilers.is_idle and self._tokenizers.is_idle
 
     def close(self) -> None:
         """Wait for nobody: a template may still take its time."""
         self._threads.close()
+        self._compilers.close()
         self._tokenizers.close()
 
     def forget(self, name: str) -> None:
         """Read the model's tokenizer anew when it is needed next."""
         self._tokenizers.forget(name)
         self._threads.forget(name)
+        self._compilers.forget(name)
 
     async def tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
@@ -108,6 +116,24 @@ class PromptReader:
                 spec, lambda: tuple(map(tokenizer.piece, rendered.token_ids))
             )
         return Tokenization(rendered.token_ids, pieces, rendered.text)
+
+    async def guide(self, spec: ModelSpec, constraint: Constraint | None) -> Guide | None:
+        """None: no constraint.
+
+        Raises: BadConstraintError, CapabilityMissingError, LoadFailedError, QueueTimeoutError.
+        """
+        if constraint is None:
+            return None
+        tokenizer = await self._tokenizers.get(spec)
+        if not tokenizer.has_constraints:
+            raise CapabilityMissingError(
+                spec.name, "vocabulary that grammars can read", "leave constraint unset"
+            )
+        try:
+            return await self._compilers.run(spec.name, partial(tokenizer.compile, constraint))
+        except TooSlowError:
+            problem = f"takes longer than {self._compilers.limit_s:g} s to compile"
+            raise BadConstraintError(constraint.field, problem) from None
 
     async def _on_thread(self, spec: ModelSpec, call: Callable[[], T]) -> T:
         try:

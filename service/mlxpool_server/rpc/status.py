@@ -56,6 +56,14 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
             return RpcStatus(
                 code.INVALID_ARGUMENT, "INVALID_FIELD", message, [_bad_request(path, problem)]
             )
+        case errors.BadConstraintError(field=path, problem=problem, place=place):
+            return RpcStatus(
+                code.INVALID_ARGUMENT,
+                "BAD_CONSTRAINT",
+                message,
+                [_bad_request(path, problem)],
+                {"place": shorten(place)} if place else {},
+            )
         case errors.PromptTooLongError():
             return RpcStatus(
                 code.INVALID_ARGUMENT,

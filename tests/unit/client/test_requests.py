@@ -64,6 +64,7 @@ def test_every_option_is_sent() -> None:
         keep_alive_s=60,
         require_loaded=True,
         disable_prompt_cache=True,
+        regex="a",
     )
     assert list(request.prompt.tokens.ids) == [1, 2]
     set_in_sampling = {field.name for field, _ in request.sampling.ListFields()}
@@ -77,7 +78,32 @@ def test_every_option_is_sent() -> None:
     unset = set(pb.GenerateRequest.DESCRIPTOR.fields_by_name) - {
         field.name for field, _ in request.ListFields()
     }
-    assert unset == {"constraint"}
+    assert not unset
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "value"),
+    [
+        ({"json_object": True}, "json_object", pb.JsonObject()),
+        ({"json_schema": {"b": 1, "a": 2}}, "json_schema", '{"b": 1, "a": 2}'),
+        ({"json_schema": "{}"}, "json_schema", "{}"),
+        ({"regex": "a"}, "regex", "a"),
+        ({"lark": "l"}, "grammar", pb.Grammar(syntax=pb.GRAMMAR_SYNTAX_LARK, source="l")),
+        ({"gbnf": "g"}, "grammar", pb.Grammar(syntax=pb.GRAMMAR_SYNTAX_GBNF, source="g")),
+        ({"choices": ["a", "b"]}, "choices", pb.Choices(values=["a", "b"])),
+    ],
+)
+def test_each_constraint(options: Any, kind: str, value: object) -> None:
+    """Under its own name; a schema's keys keep their order."""
+    constraint = generate_request("demo", "hi", **options).constraint
+    assert constraint.WhichOneof("kind") == kind
+    assert getattr(constraint, kind) == value
+
+
+def test_one_constraint_at_a_time() -> None:
+    """Two of them are a mistake of the caller's."""
+    with pytest.raises(TypeError, match="json_object, regex"):
+        generate_request("demo", "hi", json_object=True, regex="a")
 
 
 def test_one_stop_string_is_one_sequence() -> None:

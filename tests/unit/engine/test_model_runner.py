@@ -20,7 +20,7 @@ from mlxpool_server.domain import (
 from mlxpool_server.engine.model_runner import ModelRunner, RunnerStats
 from mlxpool_server.engine.output_stream import StreamItem
 from mlxpool_server.engine.sequence import Sequence
-from mlxpool_server.errors import GenerationFailedError, ModelUnloadedError
+from mlxpool_server.errors import BadConstraintError, GenerationFailedError, ModelUnloadedError
 
 
 class Bench:
@@ -199,3 +199,16 @@ def test_stats_say_what_runs_and_waits() -> None:
     assert bench.runner.stats() == RunnerStats(running=1, waiting=1, kv_bytes=10)
     assert 0 in bench.runner
     assert 5 not in bench.runner
+
+
+def test_a_row_that_the_batch_gives_up_fails_alone() -> None:
+    """Its reader gets the reason; the others go on."""
+    bench = Bench()
+    bench.submit(0, "abc")
+    bench.submit(1, "abc")
+    bench.step()
+    error = BadConstraintError("constraint", "too complex")
+    bench.model.slot_errors[0] = error
+    bench.run()
+    assert bench.end(0) is error
+    assert bench.finished(1).text == "abc"

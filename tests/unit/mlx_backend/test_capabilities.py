@@ -14,6 +14,12 @@ from mlxpool_server.mlx_backend.capabilities import capabilities_of
 CHAT = frozenset({Capability.CHAT})
 
 
+def test_constraints(tmp_path: Path) -> None:
+    """A vocabulary that can be read is all they need."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert capabilities_of(tmp_path) == {Capability.CONSTRAINTS}
+
+
 def test_without_a_template(tmp_path: Path) -> None:
     """No chat, and so neither tools nor thoughts."""
     assert capabilities_of(tmp_path) == frozenset()
@@ -42,7 +48,7 @@ def test_files_that_are_no_json(text: str, tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "added_tokens.json"):
         (tmp_path / name).write_text(text)
     (tmp_path / "tokenizer.json").write_text(f'{{"added_tokens": {text}')
-    assert capabilities_of(tmp_path) == CHAT
+    assert capabilities_of(tmp_path) == CHAT | {Capability.CONSTRAINTS}
 
 
 @pytest.mark.timeout(20)

@@ -132,7 +132,7 @@ def test_inspect(folder: Path) -> None:
     """Architecture, context, vocabulary and capabilities, from the files alone."""
     info = inspect(folder)
     assert (info.architecture, info.context_length, info.vocab_size) == ("llama", 512, 320)
-    assert info.capabilities == {Capability.CHAT}
+    assert info.capabilities == {Capability.CHAT, Capability.CONSTRAINTS}
     assert (info.quantization, info.revision) == ("", "")
 
 
@@ -145,9 +145,9 @@ def test_quantization_is_described(tmp_path: Path) -> None:
 def test_model_without_a_template(folder: Path) -> None:
     """It cannot chat; a template in a file of its own counts."""
     write_byte_level(folder, chat_template=None)
-    assert inspect(folder).capabilities == frozenset()
+    assert inspect(folder).capabilities == {Capability.CONSTRAINTS}
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert inspect(folder).capabilities == {Capability.CHAT}
+    assert inspect(folder).capabilities == {Capability.CHAT, Capability.CONSTRAINTS}
 
 
 def test_unknown_context_length(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ EXAMPLES: dict[type[errors.MlxpoolError], tuple[errors.MlxpoolError, CODE, str]]
     errors.InvalidFieldError: (
         errors.InvalidFieldError(LONG, LONG), CODE.INVALID_ARGUMENT, "INVALID_FIELD",
     ),
+    errors.BadConstraintError: (
+        errors.BadConstraintError(LONG, LONG, LONG), CODE.INVALID_ARGUMENT, "BAD_CONSTRAINT",
+    ),
     errors.NotImplementedFieldError: (
         errors.NotImplementedFieldError(LONG), CODE.UNIMPLEMENTED, "NOT_IMPLEMENTED",
     ),

@@ -23,6 +23,7 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.rpc.convert.chats import chat_prompt
+from mlxpool_server.rpc.convert.constraints import output_constraint
 from mlxpool_server.rpc.convert.reading import (
     check_count,
     choice,
@@ -69,12 +70,17 @@ def generation_request(
     owner: str = "",
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
-    refuse(request, "", "adapter", "constraint")
+    refuse(request, "", "adapter")
     refuse(request.output, "output.", "top_logprobs")
     generation_id = request.generation_id
     if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
         raise InvalidFieldError(
             "generation_id", f"has to be at most {MAX_GENERATION_ID_CHARS} printable characters"
+        )
+    constraint = output_constraint(request)
+    if constraint is not None and request.stop.ignore_eos:
+        raise InvalidFieldError(
+            "stop.ignore_eos", "cannot be set with a constraint, which says where the output ends"
         )
     return GenerationRequest(
         model=_model(request.model),
@@ -85,6 +91,7 @@ def generation_request(
             final_only=request.output.final_only,
             include_token_ids=request.output.include_token_ids,
         ),
+        constraint=constraint,
         generation_id=generation_id,
         priority=choice(request.priority, PRIORITIES, "priority"),
         keep_alive_s=_keep_alive(request),

@@ -19,6 +19,7 @@ LAST_TIMESTAMP_S = 253_402_300_799
 STATE_TO_WIRE = {state: value for value, state in STATES.items()}
 CAPABILITY_TO_WIRE = {
     domain.Capability.CHAT: pb.MODEL_CAPABILITY_CHAT,
+    domain.Capability.CONSTRAINTS: pb.MODEL_CAPABILITY_CONSTRAINTS,
     domain.Capability.TOOLS: pb.MODEL_CAPABILITY_TOOLS,
     domain.Capability.REASONING: pb.MODEL_CAPABILITY_REASONING,
 }
