@@ -283,6 +283,9 @@ class ChatPrompt:
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...] = ()
+    # Whether it has to call: this tool, once, or any of them, once or more.
+    must_call: bool = False
+    called_tool: str = ""
     # None: the template's default.
     enable_reasoning: bool | None = None
     continue_final_message: bool = False

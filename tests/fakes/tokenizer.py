@@ -56,7 +56,6 @@ class FakeTokenizer:
         """`speaks_format`: its model marks thoughts and calls, see FORMAT."""
         self.has_chat_template = has_chat_template
         self.has_tools = self.has_reasoning = speaks_format
-        self.reasoning_end = (ord(">"),)
         self.vocab_size = VOCAB_SIZE
         self.max_token_chars = 1
         self.eos_token_ids = frozenset({EOS})
@@ -64,7 +63,7 @@ class FakeTokenizer:
         self.may_encode.set()
         self.is_encoding = threading.Event()
         self.threads: set[str] = set()
-        self.has_constraints = True
+        self.has_constraints = self.can_force_calls = True
         self.may_compile = threading.Event()
         self.may_compile.set()
 
@@ -85,6 +84,9 @@ class FakeTokenizer:
             for message in chat.messages
         )  # fmt: skip
 
+    def reasoning_end(self, chat: ChatPrompt) -> tuple[int, ...]:
+        return (ord(">"),)
+
     def new_sorter(self, chat: ChatPrompt, rendered: str) -> ChannelSorter | None:
         if not self.has_tools:
             return None
@@ -104,10 +106,12 @@ class FakeTokenizer:
     def new_decoder(self, *, is_exact: bool = False) -> FakeDecoder:
         return FakeDecoder()
 
-    def compile(self, constraint: Constraint) -> FakeGuide:
+    def compile(
+        self, constraint: Constraint | None, chat: ChatPrompt | None = None, rendered: str = ""
+    ) -> FakeGuide | None:
         self.threads.add(threading.current_thread().name)
         if not self.may_compile.wait(timeout=30):
             raise TimeoutError("the test never let compile go on")
-        if constraint.source == "{":
+        if constraint is not None and constraint.source == "{":
             raise BadConstraintError(constraint.field, "is no JSON", "line 1, column 2")
         return FakeGuide()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from fuzz.messages import messages
 from fuzz.test_rpcs import PARAMETERS, PROFILE
 from mlxpool.v1 import model_service_pb2 as pb
-from mlxpool_server.errors import InvalidFieldError, NotImplementedFieldError
+from mlxpool_server.errors import BadConstraintError, InvalidFieldError, NotImplementedFieldError
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.rpc.convert.chats import chat_prompt
 from model_families import FAMILIES
@@ -28,7 +30,6 @@ def test_chats(
     """Whatever tools, calls and variables a chat brings, nothing but its own fields is to blame."""
     chat = data.draw(messages(pb.ChatPrompt.DESCRIPTOR))
     assert isinstance(chat, pb.ChatPrompt)
-    chat.ClearField("tool_choice")
     for tool in chat.tools:
         tool.name, tool.parameters_json = "add", data.draw(st.sampled_from(PARAMETERS))
     for message in chat.messages:
@@ -44,6 +45,9 @@ def test_chats(
         token_ids = tokenizer.encode(rendered, add_special_tokens=False)
     except (InvalidFieldError, NotImplementedFieldError):
         return
+    if prompt.must_call and tokenizer.can_force_calls:
+        with contextlib.suppress(BadConstraintError):
+            assert tokenizer.compile(None, prompt, rendered) is not None
     sorter = tokenizer.new_sorter(prompt, rendered)
     decoder = tokenizer.new_decoder()
     for token_id in token_ids:

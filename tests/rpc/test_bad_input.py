@@ -400,14 +400,6 @@ NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("adapter", text_request(adapter="a")),
     ("output.top_logprobs", text_request(output=pb.OutputOptions(top_logprobs=0))),
     (
-        f"{CHAT}tool_choice.mode",
-        text_request(prompt=_chat(tool_choice=pb.ToolChoice(mode=pb.TOOL_MODE_REQUIRED))),
-    ),
-    (
-        f"{CHAT}tool_choice.tool_name",
-        text_request(prompt=_chat(tool_choice=pb.ToolChoice(tool_name="t"))),
-    ),
-    (
         f"{CHAT}messages[0].content[1].image",
         text_request(prompt=_message(content=[pb.ContentPart(image=pb.ImagePart())])),
     ),

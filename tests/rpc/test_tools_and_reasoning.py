@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import grpc
 import pytest
@@ -51,6 +52,57 @@ async def test_malformed_call(server: Server) -> None:
     assert final_text(events) == "a(what)b"
     assert "".join(event.delta.text for event in events) == "a(what)b"
     assert events[-1].finished.finish_reason == pb.FINISH_REASON_STOP
+
+
+@pytest.mark.parametrize("choice", [{"mode": pb.TOOL_MODE_REQUIRED}, {"tool_name": "add"}])
+async def test_forced_calls(server: Server, choice: dict[str, Any]) -> None:
+    """The model's row has a guide, which is counted."""
+    request = ask("(add 1)")
+    request.prompt.chat.tool_choice.CopyFrom(pb.ToolChoice(**choice))
+    events = await server.generate(request)
+    assert events[-1].finished.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    (batch,) = server.model.batches
+    assert None not in batch.guides.values()
+
+
+async def test_a_model_that_cannot_be_forced(server: Server) -> None:
+    """CAPABILITY_MISSING: its calls are in no form that a grammar knows."""
+    server.files["m"].tokenizer.can_force_calls = False
+    failure = await failure_of(server.models.Generate(ask("(add 1)", mode=pb.TOOL_MODE_REQUIRED)))
+    assert failure.reason == "CAPABILITY_MISSING"
+
+
+@pytest.mark.parametrize(
+    ("fields", "tool_choice", "path"),
+    [
+        ({}, pb.ToolChoice(tool_name="sub"), "prompt.chat.tool_choice.tool_name"),
+        ({}, pb.ToolChoice(tool_name=""), "prompt.chat.tool_choice.tool_name"),
+        (
+            {"stop": pb.StopConditions(ignore_eos=True)},
+            pb.ToolChoice(tool_name="add"), "stop.ignore_eos",
+        ),
+        (
+            {"constraint": pb.OutputConstraint(regex="a")},
+            pb.ToolChoice(mode=pb.TOOL_MODE_AUTO), "constraint",
+        ),
+    ],
+)  # fmt: skip
+async def test_choices_that_cannot_be_kept(
+    server: Server, fields: dict[str, Any], tool_choice: pb.ToolChoice, path: str
+) -> None:
+    """INVALID_ARGUMENT names the field."""
+    request = ask("(add 1)", **fields)
+    request.prompt.chat.tool_choice.CopyFrom(tool_choice)
+    failure = await failure_of(server.models.Generate(request))
+    assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT, path)
+
+
+async def test_forced_without_tools(server: Server) -> None:
+    """There is nothing to call."""
+    request = ask("(add 1)", mode=pb.TOOL_MODE_REQUIRED)
+    request.prompt.chat.ClearField("tools")
+    failure = await failure_of(server.models.Generate(request))
+    assert failure.field == "prompt.chat.tool_choice.mode"
 
 
 async def test_no_tools_wanted(server: Server) -> None:
@@ -106,9 +158,12 @@ async def test_calls_are_measured() -> None:
     async with running_server({"m": files}, metrics_listen="127.0.0.1:0") as server:
         for text in ("<hm>(add 1)(sub 2)", "(what)", "plain"):
             await server.generate(ask(text))
+        await server.generate(text_request(constraint=pb.OutputConstraint(regex="a")))
         seen = await scrape(server)
         assert seen("mlxpool_generations_total", model="m", finish_reason="tool_calls") == 1
-        assert seen("mlxpool_generations_total", model="m", finish_reason="stop") == 2
+        assert seen("mlxpool_generations_total", model="m", finish_reason="stop") == 3
         assert seen("mlxpool_tool_calls_total", model="m", outcome="read") == 2
         assert seen("mlxpool_tool_calls_total", model="m", outcome="malformed") == 1
         assert seen("mlxpool_reasoning_tokens_total", model="m") == 2
+        kind = "regular expression"
+        assert seen("mlxpool_constrained_generations_total", model="m", constraint=kind) == 1

@@ -98,6 +98,12 @@ class Instruments:
             ("model", "outcome"),
             registry=self.registry,
         )
+        self._constrained = Counter(
+            "mlxpool_constrained_generations",
+            "Generations admitted whose output is constrained, by what constrains it.",
+            ("model", "constraint"),
+            registry=self.registry,
+        )
         self._reasoning_tokens = Counter(
             "mlxpool_reasoning_tokens",
             "Tokens of thoughts, of generations that ended.",
@@ -143,6 +149,9 @@ class Instruments:
     def tool_call(self, model: str, num_calls: int) -> None:
         outcome = "read" if num_calls else "malformed"
         self._tool_calls.labels(model, outcome).inc(max(1, num_calls))
+
+    def constrained(self, model: str, kind: str) -> None:
+        self._constrained.labels(model, kind).inc()
 
     def load_finished(self, model: str, seconds: float) -> None:
         self._load.labels(model).observe(seconds)

@@ -79,6 +79,10 @@ class Sorter:
         self._call_chars = 0
 
     @property
+    def state(self) -> str:
+        return self._state
+
+    @property
     def is_reasoning(self) -> bool:
         return self._state == REASONING
 

@@ -17,9 +17,9 @@ from typing import Any
 INITIAL = "header"
 PARSER = "harmony"
 REASONING_START = "<|channel|>analysis<|message|>"
-_END = "<|end|>"
+THOUGHT_END = "<|end|>"
 # What ends a thought and begins the answer.
-REASONING_END = f"{_END}<|start|>assistant<|channel|>final<|message|>"
+REASONING_END = f"{THOUGHT_END}<|start|>assistant<|channel|>final<|message|>"
 EDGES = {
     "header": (
         (REASONING_START, "reasoning"),
@@ -31,10 +31,10 @@ EDGES = {
         # In a channel of another name, or with a format: <|channel|>final <|constrain|>json.
         ("<|message|>", "normal"),
     ),
-    "reasoning": ((_END, "header"),),
-    "normal": ((_END, "header"),),
+    "reasoning": ((THOUGHT_END, "header"),),
+    "normal": ((THOUGHT_END, "header"),),
     # <|call|> ends the output; a model that goes on has written this instead.
-    "tool": (("<|call|>", "header"), (_END, "header")),
+    "tool": (("<|call|>", "header"), (THOUGHT_END, "header")),
 }
 _MARKERS = ("<|channel|>", "<|message|>", "<|call|>", "<|return|>")
 

@@ -19,6 +19,8 @@ class Family:
     parser: str = ""
     reasoning_start: str = ""
     reasoning_end: str = ""
+    # Where `reasoning_end` begins the answer, too: what ends the thought alone.
+    thought_end: str = ""
 
 
 def family_of(wrapper: TokenizerWrapper, special_ids: frozenset[int]) -> Family:
@@ -26,7 +28,7 @@ def family_of(wrapper: TokenizerWrapper, special_ids: frozenset[int]) -> Family:
         edges: Mapping[str, tuple[tuple[str, str], ...]] = harmony.EDGES
         family = Family(
             OutputFormat(edges, _shown(wrapper, edges, special_ids), harmony.INITIAL),
-            harmony.PARSER, harmony.REASONING_START, harmony.REASONING_END,
+            harmony.PARSER, harmony.REASONING_START, harmony.REASONING_END, harmony.THOUGHT_END,
         )  # fmt: skip
     else:
         edges = _edges(wrapper)
@@ -34,6 +36,7 @@ def family_of(wrapper: TokenizerWrapper, special_ids: frozenset[int]) -> Family:
         family = Family(
             OutputFormat(edges, _shown(wrapper, edges, special_ids), initial),
             _parser_name(wrapper), wrapper.think_start or "", wrapper.think_end or "",
+            wrapper.think_end or "",
         )  # fmt: skip
     return family
 

@@ -51,9 +51,8 @@ class Tokenizer(Protocol):
     @property
     def has_reasoning(self) -> bool: ...
 
-    @property
-    def reasoning_end(self) -> tuple[int, ...]:
-        """The tokens that end a thought; none without reasoning."""
+    def reasoning_end(self, chat: ChatPrompt) -> tuple[int, ...]:
+        """Return the tokens that end a thought; none without reasoning."""
 
     def new_sorter(self, chat: ChatPrompt, rendered: str) -> ChannelSorter | None:
         """None: there is nothing to tell apart. `rendered` is the chat's prompt text."""
@@ -74,11 +73,19 @@ class Tokenizer(Protocol):
     def has_constraints(self) -> bool:
         """Whether `compile` can be asked."""
 
-    def compile(self, constraint: Constraint) -> Guide:
-        """Return a new guide; blocks for a while, for seconds at worst.
+    def compile(
+        self, constraint: Constraint | None, chat: ChatPrompt | None, rendered: str
+    ) -> Guide | None:
+        """Return a new guide; blocks for a while, for seconds at worst. None: any output will do.
+
+        With a chat it guides what follows the model's thoughts, or the call that the chat wants:
+        only with `can_force_calls`. `rendered` is the prompt's text.
 
         Raises: BadConstraintError.
         """
+
+    @property
+    def can_force_calls(self) -> bool: ...
 
 
 class ModelLoader(Protocol):

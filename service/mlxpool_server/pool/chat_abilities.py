@@ -13,6 +13,10 @@ def check_chat(model: str, tokenizer: Tokenizer, chat: ChatPrompt) -> None:
         raise CapabilityMissingError(model, "chat template", "send prompt.text instead")
     if chat.tools and not tokenizer.has_tools:
         raise CapabilityMissingError(model, "tool calls", "send no prompt.chat.tools")
+    if chat.must_call and not tokenizer.can_force_calls:
+        raise CapabilityMissingError(
+            model, "tool calls that can be forced", "leave prompt.chat.tool_choice to the model"
+        )
     if chat.enable_reasoning and not tokenizer.has_reasoning:
         raise CapabilityMissingError(model, "reasoning", "leave enable_reasoning unset")
 

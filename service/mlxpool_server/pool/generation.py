@@ -59,6 +59,7 @@ class _Admitted:
     guide: Guide | None
     # None: its output is text, whatever is in it.
     sorter: ChannelSorter | None = None
+    reasoning_end: tuple[int, ...] = ()
 
 
 class Generations:
@@ -249,7 +250,11 @@ class Generations:
             self._pool.check_fits(
                 Reservation(spec.name, info.footprint, prompt_tokens + max_tokens, prompt_tokens)
             )
-        guide = await self._prompts.guide(spec, request.constraint)
+        sorter = None if chat is None else tokenizer.new_sorter(chat, prompt.text)
+        guide = await self._prompts.guide(spec, tokenizer, request, prompt.text)
+        if guide is not None:
+            kind = "tool call" if request.constraint is None else request.constraint.syntax.value
+            self._pool.activity.observer.constrained(spec.name, kind)
         self._pool.set_next_keep_alive(spec.name, request.keep_alive_s)
         return _Admitted(
             prompt=prompt.token_ids,
@@ -257,7 +262,8 @@ class Generations:
             sampling=_with_seed(request.sampling),
             revision="" if info is None else info.revision,
             guide=guide,
-            sorter=None if chat is None else tokenizer.new_sorter(chat, prompt.text),
+            sorter=sorter,
+            reasoning_end=() if chat is None else tokenizer.reasoning_end(chat),
         )
 
     def _call_reader(
@@ -299,7 +305,7 @@ class Generations:
             guide=admitted.guide,
             sorter=admitted.sorter,
             max_reasoning_tokens=stop.max_reasoning_tokens,
-            reasoning_end=() if admitted.sorter is None else tokenizer.reasoning_end,
+            reasoning_end=admitted.reasoning_end,
         )
 
     def _register(self, request: GenerationRequest, lease: Lease) -> InFlight:

@@ -21,6 +21,9 @@ class PoolObserver(Protocol):
     def tool_call(self, model: str, num_calls: int) -> None:
         """A model wrote so many calls at once; 0: what it wrote could not be read."""
 
+    def constrained(self, model: str, kind: str) -> None:
+        """A generation was admitted whose output is constrained."""
+
     def load_finished(self, model: str, seconds: float) -> None:
         """A load that succeeded, so long after it was asked for."""
 
@@ -35,5 +38,7 @@ class Unobserved:
     def generation_finished(self, model: str, finished: GenerationFinished) -> None: ...
 
     def tool_call(self, model: str, num_calls: int) -> None: ...
+
+    def constrained(self, model: str, kind: str) -> None: ...
 
     def load_finished(self, model: str, seconds: float) -> None: ...

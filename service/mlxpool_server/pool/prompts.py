@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mlxpool_server.domain import (
     ChatPrompt,
-    Constraint,
+    GenerationRequest,
     ModelSpec,
     Prompt,
     RenderedPrompt,
@@ -117,23 +117,28 @@ class PromptReader:
             )
         return Tokenization(rendered.token_ids, pieces, rendered.text)
 
-    async def guide(self, spec: ModelSpec, constraint: Constraint | None) -> Guide | None:
-        """None: no constraint.
+    async def guide(
+        self, spec: ModelSpec, tokenizer: Tokenizer, request: GenerationRequest, rendered: str
+    ) -> Guide | None:
+        """None: any output will do. `rendered` is the prompt's text.
 
         Raises: BadConstraintError, CapabilityMissingError, LoadFailedError, QueueTimeoutError.
         """
-        if constraint is None:
+        constraint, prompt = request.constraint, request.prompt
+        chat = prompt if isinstance(prompt, ChatPrompt) else None
+        if constraint is None and (chat is None or not chat.must_call):
             return None
-        tokenizer = await self._tokenizers.get(spec)
-        if not tokenizer.has_constraints:
+        if constraint is not None and not tokenizer.has_constraints:
             raise CapabilityMissingError(
                 spec.name, "vocabulary that grammars can read", "leave constraint unset"
             )
+        compiled = partial(tokenizer.compile, constraint, chat, rendered)
         try:
-            return await self._compilers.run(spec.name, partial(tokenizer.compile, constraint))
+            return await self._compilers.run(spec.name, compiled)
         except TooSlowError:
+            field = "prompt.chat.tools" if constraint is None else constraint.field
             problem = f"takes longer than {self._compilers.limit_s:g} s to compile"
-            raise BadConstraintError(constraint.field, problem) from None
+            raise BadConstraintError(field, problem) from None
 
     async def _on_thread(self, spec: ModelSpec, call: Callable[[], T]) -> T:
         try:

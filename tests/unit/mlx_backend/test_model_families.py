@@ -60,7 +60,7 @@ def run(
         eos_token_ids=tokenizer.eos_token_ids,
         decoder=tokenizer.new_decoder(),
         sorter=sorter,
-        reasoning_end=tokenizer.reasoning_end,
+        reasoning_end=tokenizer.reasoning_end(prompt),
         **changes,
     )
     sequence = Sequence(0, request, FakeClock())
@@ -241,7 +241,7 @@ def test_a_forced_end_ends_the_thought(name: str, read: Read) -> None:
     """The tokens that end a thought lead to the answer's channel, in every format."""
     tokenizer = read(name)
     start = FAMILIES[name].thinking.partition("Hm")[0]
-    end = tokenizer.reasoning_end
+    end = tokenizer.reasoning_end(chat())
     prompt = chat()
     sorter = tokenizer.new_sorter(prompt, tokenizer.render_chat(prompt))
     assert sorter is not None

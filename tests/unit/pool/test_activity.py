@@ -42,6 +42,9 @@ class Notes:
     def generation_finished(self, model: str, finished: GenerationFinished) -> None:
         self.finished.append(finished)
 
+    def constrained(self, model: str, kind: str) -> None:
+        """None here."""
+
     def tool_call(self, model: str, num_calls: int) -> None:
         """None here."""
 

@@ -51,11 +51,12 @@ def grammar_of(constraint: Constraint) -> str:
                 ) from error
         case ConstraintSyntax.CHOICES:
             # One token of the lexer: as a rule, each choice would take a place in the parser's row.
-            choices = " | ".join(map(_quoted, json.loads(source)))
+            choices = " | ".join(map(quoted, json.loads(source)))
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as Lark writes it."""
     # Lark takes DEL for the end of a line; JSON leaves it as it is.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -8,7 +8,7 @@ from google.protobuf.json_format import MessageToDict
 
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server.domain import ChatMessage, ChatPrompt, Role, Tool, ToolCall
-from mlxpool_server.errors import InvalidFieldError, NotImplementedFieldError
+from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.rpc.convert.reading import check_count, choice, refuse
 
 ROLES: dict[int, Role] = {
@@ -36,6 +36,12 @@ RESERVED_VARIABLES = frozenset(
 _MAX_WHOLE = 2**53
 
 _PATH = "prompt.chat."
+_TOOL_MODES = {
+    mode: mode
+    for mode in (
+        pb.TOOL_MODE_UNSPECIFIED, pb.TOOL_MODE_AUTO, pb.TOOL_MODE_NONE, pb.TOOL_MODE_REQUIRED,
+    )
+}  # fmt: skip
 
 
 def chat_prompt(chat: pb.ChatPrompt) -> ChatPrompt:
@@ -53,9 +59,12 @@ def chat_prompt(chat: pb.ChatPrompt) -> ChatPrompt:
     )
     if chat.continue_final_message:
         _check_continuable(messages[-1])
+    must_call, called_tool = _must_call(chat)
     return ChatPrompt(
         messages=messages,
         tools=_tools(chat),
+        must_call=must_call,
+        called_tool=called_tool,
         enable_reasoning=chat.enable_reasoning if chat.HasField("enable_reasoning") else None,
         continue_final_message=chat.continue_final_message,
         variables=_variables(chat),
@@ -108,14 +117,24 @@ def _tools(chat: pb.ChatPrompt) -> tuple[Tool, ...]:
         )
         for index, tool in enumerate(chat.tools)
     )
+    mode = choice(chat.tool_choice.mode, _TOOL_MODES, f"{_PATH}tool_choice.mode")
+    return () if mode == pb.TOOL_MODE_NONE else tools
+
+
+def _must_call(chat: pb.ChatPrompt) -> tuple[bool, str]:
+    """Whether the model has to call a tool, and which; empty: any."""
     tool_choice = chat.tool_choice
     if tool_choice.WhichOneof("choice") == "tool_name":
-        raise NotImplementedFieldError(f"{_PATH}tool_choice.tool_name")
-    if tool_choice.mode == pb.TOOL_MODE_REQUIRED:
-        raise NotImplementedFieldError(f"{_PATH}tool_choice.mode")
-    modes = {pb.TOOL_MODE_UNSPECIFIED: True, pb.TOOL_MODE_AUTO: True, pb.TOOL_MODE_NONE: False}
-    may_call = choice(tool_choice.mode, modes, f"{_PATH}tool_choice.mode")
-    return tools if may_call else ()
+        if all(tool.name != tool_choice.tool_name for tool in chat.tools):
+            raise InvalidFieldError(
+                f"{_PATH}tool_choice.tool_name", "is the name of none of prompt.chat.tools"
+            )
+        return True, tool_choice.tool_name
+    if tool_choice.mode != pb.TOOL_MODE_REQUIRED:
+        return False, ""
+    if not chat.tools:
+        raise InvalidFieldError(f"{_PATH}tool_choice.mode", "needs prompt.chat.tools to call")
+    return True, ""
 
 
 def _name(name: str, path: str) -> str:

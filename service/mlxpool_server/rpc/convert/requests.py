@@ -9,6 +9,7 @@ from typing import TypeAlias
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server.domain import (
+    ChatPrompt,
     GenerationRequest,
     LoadOptions,
     MemoryLimits,
@@ -78,13 +79,21 @@ def generation_request(
             "generation_id", f"has to be at most {MAX_GENERATION_ID_CHARS} printable characters"
         )
     constraint = output_constraint(request)
-    if constraint is not None and request.stop.ignore_eos:
+    asked = prompt(request.prompt)
+    chat = asked if isinstance(asked, ChatPrompt) else None
+    if constraint is not None and chat is not None and chat.tools:
         raise InvalidFieldError(
-            "stop.ignore_eos", "cannot be set with a constraint, which says where the output ends"
+            "constraint", "goes with no tools: with TOOL_MODE_NONE they are left out of the prompt"
+        )
+    is_guided = constraint is not None or (chat is not None and chat.must_call)
+    if is_guided and request.stop.ignore_eos:
+        raise InvalidFieldError(
+            "stop.ignore_eos",
+            "cannot be set with a constraint or a forced call, which say where the output ends",
         )
     return GenerationRequest(
         model=_model(request.model),
-        prompt=prompt(request.prompt),
+        prompt=asked,
         sampling=_sampling(request.sampling),
         stop=_stop(request.stop, limits),
         output=OutputOptions(

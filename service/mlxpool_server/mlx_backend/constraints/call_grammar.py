@@ -1,0 +1,194 @@
+"""Grammars of tool calls, in the forms that models' own templates give them.
+
+Only forms whose arguments are JSON, or hold it: the parsers of the others take more than a grammar
+could say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxpool_server.errors import BadConstraintError
+from mlxpool_server.mlx_backend import harmony
+from mlxpool_server.mlx_backend.constraints.grammar import JSON_OPTIONS, quoted
+
+_NEW_LINE = quoted("\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What has to be called. `tools` are described as templates know them."""
+
+    tools: Sequence[dict[str, Any]]
+    # One call, or one after the other.
+    is_one: bool
+    # How Lark names the tokens of a marker.
+    marker: Callable[[str], str]
+
+    def repeated(self, separator: str) -> str:
+        return "call" if self.is_one else f"call ({separator} call)*"
+
+    def each(self, write: Callable[[str, str, dict[str, Any]], list[str]]) -> list[str]:
+        """The rule `tool`, and what `write` returns for (rule, name, parameters) of each tool."""
+        rules = [f"tool_{index}" for index in range(len(self.tools))]
+        lines = [f"tool: {' | '.join(rules)}"]
+        for rule, tool in zip(rules, self.tools, strict=True):
+            function = tool["function"]
+            lines += write(rule, function["name"], function["parameters"])
+        return lines
+
+
+def _in_tags(calls: Calls) -> list[str]:
+    start, end = calls.marker("<tool_call>"), calls.marker("</tool_call>")
+    return [
+        f"start: {calls.repeated(_NEW_LINE)}",
+        f"call: {start} {_NEW_LINE} tool {_NEW_LINE} {end}",
+    ]
+
+
+def _json_tools(calls: Calls) -> list[str]:
+    r"""<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>: Qwen, Hermes."""
+    return [*_in_tags(calls), *calls.each(_object)]
+
+
+def _mistral(calls: Calls) -> list[str]:
+    """[TOOL_CALLS][{"name": "f", "arguments": {}}]."""
+    items = calls.repeated(quoted(", "))
+    return [
+        f'start: {calls.marker("[TOOL_CALLS]")} "[" {items} "]"',
+        "call: tool",
+        *calls.each(_object),
+    ]
+
+
+def _qwen3_coder(calls: Calls) -> list[str]:
+    r"""<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>."""
+    return [*_in_tags(calls), *calls.each(_function_tag)]
+
+
+def _kimi_k2(calls: Calls) -> list[str]:
+    """functions.f:0, the arguments behind it, between marks of each call and of all."""
+    marker = calls.marker
+    argument_begin = marker("<|tool_call_argument_begin|>")
+
+    def write(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
+        return [
+            f"{rule}: {quoted(f'functions.{name}:')} INDEX {argument_begin} {rule}_arguments",
+            _json_rule(f"{rule}_arguments", _arguments(parameters)),
+        ]
+
+    start, end = marker("<|tool_calls_section_begin|>"), marker("<|tool_calls_section_end|>")
+    return [
+        f"start: {start} {'call' if calls.is_one else 'call+'} {end}",
+        f"call: {marker('<|tool_call_begin|>')} tool {marker('<|tool_call_end|>')}",
+        "INDEX: /[0-9]{1,3}/",
+        *calls.each(write),
+    ]
+
+
+def _harmony(calls: Calls) -> list[str]:
+    """One call to a message, behind a thought with the message's start: see harmony.py."""
+    marker = calls.marker
+    begin = f"{marker('<|channel|>')} {quoted('commentary to=functions.')}"
+    json_mark = f"{quoted(' ')} {marker('<|constrain|>')} {quoted('json')}"
+
+    def write(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
+        return [
+            f"{rule}: {quoted(name)} {json_mark} {marker('<|message|>')} {rule}_arguments",
+            _json_rule(f"{rule}_arguments", _arguments(parameters)),
+        ]
+
+    return [
+        f"start: ({marker('<|start|>')} {quoted('assistant')})? {begin} tool",
+        *calls.each(write),
+    ]
+
+
+_FORMS: dict[str, Callable[[Calls], list[str]]] = {
+    "json_tools": _json_tools,
+    "mistral": _mistral,
+    "qwen3_coder": _qwen3_coder,
+    "kimi_k2": _kimi_k2,
+    harmony.PARSER: _harmony,
+}
+
+
+def has_grammar(parser: str) -> bool:
+    """`parser`: as in output_format.Family."""
+    return parser in _FORMS
+
+
+def call_grammar(parser: str, calls: Calls) -> str:
+    """Return Lark; only for a parser that has a grammar. Raises: BadConstraintError."""
+    return "\n".join(_FORMS[parser](calls)) + "\n"
+
+
+def _object(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
+    begin = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+    return [
+        f"{rule}: {quoted(begin)} {rule}_arguments {quoted('}')}",
+        _json_rule(f"{rule}_arguments", _arguments(parameters)),
+    ]
+
+
+def _function_tag(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
+    """Texts as they are, other values as JSON. Raises: BadConstraintError."""
+    required = parameters.get("required", [])
+    properties: dict[str, Any] = parameters.get("properties", {})
+    uses, lines = [], []
+    for index, (key, schema) in enumerate(properties.items()):
+        value = f"{rule}_{index}"
+        uses.append(value if key in required else f"{value}?")
+        begin, end = f"<parameter={key}>\n", "\n</parameter>\n"
+        if choices := _texts(schema):
+            texts = " | ".join(map(quoted, choices))
+            lines.append(f"{value}: {quoted(begin)} ({texts}) {quoted(end)}")
+        elif _is_text(schema):
+            # The lexeme ends with the first such end.
+            lines.append(f"{value}: {quoted(begin)} {value}_text")
+            lines.append(f"{value}_text[suffix={quoted(end)}]: {_any_text(key, schema)}")
+        else:
+            lines.append(f"{value}: {quoted(begin)} {value}_json {quoted(end)}")
+            lines.append(_json_rule(f"{value}_json", _with_definitions(schema, parameters)))
+    begin = quoted(f"<function={name}>\n")
+    return [f"{rule}: {' '.join([begin, *uses, quoted('</function>')])}", *lines]
+
+
+def _texts(schema: object) -> list[str]:
+    """The texts of which a value is one; none for a value of another kind."""
+    if not isinstance(schema, dict):
+        return []
+    found = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    is_texts = isinstance(found, list) and all(isinstance(each, str) for each in found)
+    return found if is_texts else []
+
+
+def _is_text(schema: object) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "string"
+
+
+def _any_text(key: str, schema: dict[str, Any]) -> str:
+    for keyword in ("pattern", "format"):
+        if keyword in schema:
+            problem = f"the {keyword} of {key} cannot be enforced in this model's form of calls"
+            raise BadConstraintError("prompt.chat.tools", problem)
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    return f"/(?s:.){{{least},{most}}}/"
+
+
+def _with_definitions(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return {**found, **schema} if isinstance(schema, dict) else found
+
+
+def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
+    """An object, and nothing in it that the tool does not name, unless it says otherwise."""
+    return {"type": "object", "additionalProperties": False, **parameters}
+
+
+def _json_rule(rule: str, schema: dict[str, Any]) -> str:
+    text = json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
+    return f"{rule}: %json {text}"
