@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from fakes.tokenizer import EOS
 from mlxpool_server.domain import SamplingParams
-from mlxpool_server.engine.backend import Guide, StepOutput
+from mlxpool_server.engine.backend import Guide, StepOutput, TokenScores
 from mlxpool_server.errors import MlxpoolError
 
 Script = Callable[[Sequence[int]], Iterator[int]]
@@ -71,6 +72,7 @@ class FakeBatch:
         self.prompts: dict[int, Sequence[int]] = {}
         self.samplings: dict[int, SamplingParams] = {}
         self.guides: dict[int, Guide | None] = {}
+        self.top_logprobs: dict[int, int | None] = {}
         # In the order in which they joined.
         self.joined: list[Sequence[int]] = []
         self.largest = 0
@@ -83,6 +85,7 @@ class FakeBatch:
         prompt: Sequence[int],
         sampling: SamplingParams,
         guide: Guide | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         _raise_next(self.model.add_errors)
         self.joined.append(prompt)
@@ -90,6 +93,7 @@ class FakeBatch:
         self.prompts[slot] = prompt
         self.samplings[slot] = sampling
         self.guides[slot] = guide
+        self.top_logprobs[slot] = top_logprobs
         self.largest = max(self.largest, len(self.slots))
 
     def remove(self, slots: Sequence[int]) -> None:
@@ -116,7 +120,12 @@ class FakeBatch:
             (slot, next(script)) for slot, script in self.slots.items() if slot not in fresh
         )
         failed, self.model.slot_errors = tuple(self.model.slot_errors.items()), {}
-        return StepOutput(tokens=tokens, prefilled=prefilled, failed=failed)
+        scores = {
+            slot: _scores(token, count)
+            for slot, token in tokens
+            if (count := self.top_logprobs[slot]) is not None
+        }
+        return StepOutput(tokens=tokens, prefilled=prefilled, failed=failed, scores=scores)
 
     def settle(self) -> None:
         """Nothing runs ahead here."""
@@ -135,6 +144,13 @@ class FakeBatch:
         self.is_closed = True
         self.slots.clear()
         _raise_next(self.model.close_errors)
+
+
+def _scores(token: int, count: int) -> TokenScores:
+    """The chosen one is the likeliest; the words before it follow, each half as likely."""
+    logprobs = [-math.log(2) * (place + 1) for place in range(count)]
+    words = [max(0, token - place) for place in range(count)]
+    return TokenScores(-math.log(2), tuple(zip(words, logprobs, strict=True)))
 
 
 def _raise_next(errors: list[Exception] | list[BaseException]) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlxpool_server.domain import OutputPart, SamplingParams
 from mlxpool_server.errors import MlxpoolError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """One token's log-probability, and (token id, log-probability) of the likeliest, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,8 @@ class StepOutput:
     cached: tuple[tuple[int, int], ...] = ()
     # (slot, why it alone cannot go on): it wants to be removed.
     failed: tuple[tuple[int, MlxpoolError], ...] = ()
+    # Of the new tokens of slots that asked.
+    scores: Mapping[int, TokenScores] = field(default_factory=dict)
 
 
 class Guide(Protocol):
@@ -46,10 +56,12 @@ class BatchRunner(Protocol):
         prompt: Sequence[int],
         sampling: SamplingParams,
         guide: Guide | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary.
 
-        `guide` None: any token may come.
+        `guide` None: any token may come. `top_logprobs`: give each token's scores, with so many
+        alternatives. None: give none.
         """
 
     def remove(self, slots: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.row_cache import new_caches
 from mlxpool_server.mlx_backend.sampling import host
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
+from mlxpool_server.mlx_backend.scoring import Scoring, told_scores
 
 # How often freed buffers go back to the system: their sizes change as the batch grows.
 CLEAR_CACHE_STEPS = 512
@@ -86,10 +88,13 @@ class MlxBatch:
         prompt: Sequence[int],
         sampling: SamplingParams,
         guide: Guide | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         mask = None if guide is None else self._masks.begin(guide)
-        self._waiting.append(Row(slot, tuple(prompt), sampled, mask=mask))
+        self._waiting.append(
+            Row(slot, tuple(prompt), sampled, mask=mask, top_logprobs=top_logprobs)
+        )
 
     def force(self, slot: int, token_ids: Sequence[int]) -> None:
         held: list[Prefill | Decode] = [*self._begun, *self._decodes]
@@ -124,7 +129,8 @@ class MlxBatch:
             self._let_go()
         output = self._timed_step()
         self._prefixes.begin_copies()
-        return output
+        scores = told_scores(row for decode in self._decodes for row in decode.rows)
+        return replace(output, scores=scores) if scores else output
 
     def _timed_step(self) -> StepOutput:
         is_prefill = self._has_prompts and not self._is_gathering()
@@ -274,13 +280,17 @@ class MlxBatch:
         sampled = [row.sampled for row in rows]
         self._masks.wait(rows)
         if self._samples_on_host:
+            scoring = Scoring.of(rows, logits, None)
             on_host = as_numpy(logits.astype(mx.float32))
             tokens = host.sample(masked_on_host(on_host, rows), sampled)
         else:
             chosen = MaskedSampler(self._vocab_size).sample(logits, rows)
+            scoring = Scoring.of(rows, logits, chosen)
             tokens = [int(token) for token in as_numpy(chosen)]
         for row, token in zip(rows, tokens, strict=True):
             row.accept(token)
+        if scoring is not None:
+            scoring.tell(set(rows))
 
     # ------------------------------------------------------------ tokens
 

@@ -19,6 +19,7 @@ from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
 from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.sampling import host
 from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
+from mlxpool_server.mlx_backend.scoring import Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class _Launched:
     rows: tuple[Row, ...]
     tokens: mx.array
     logits: mx.array | None = None
+    scoring: Scoring | None = None
 
 
 class Decode:
@@ -101,6 +103,8 @@ class Decode:
         """Wait for what was launched ahead."""
         if self._launched is not None:
             mx.eval(self._launched.tokens, self._launched.logits)
+            if self._launched.scoring is not None:
+                mx.eval(self._launched.scoring.arrays)
 
     def step(self, forced: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
         """Launch a step; return what the one before gave: (slot, token), none at first.
@@ -115,10 +119,17 @@ class Decode:
             tokens = self._read(launched)
             # All that was decided is known here now.
             self._feed = self._sampler = None
-            self._launch()
+            if self._is_masked:
+                self._launch_logits(_as_array(self.rows))
+            else:
+                self._launch()
             return tokens
         self._launch()
         return self._read(launched)
+
+    @property
+    def _is_masked(self) -> bool:
+        return any(row.mask for row in self.rows)
 
     def _samples_here(self) -> bool:
         return self._samples_on_host and not all(row.is_plain_greedy for row in self.rows)
@@ -128,15 +139,21 @@ class Decode:
         logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
         rows = tuple(self.rows)
         if self._samples_here():
-            self._launched = _Launched(rows, feed, logits=logits.astype(mx.float32))
-            mx.async_eval(self._launched.logits)  # type: ignore[no-untyped-call]
+            scoring = Scoring.of(rows, logits, None)
+            self._launched = _Launched(rows, feed, logits.astype(mx.float32), scoring)
+            mx.async_eval(  # type: ignore[no-untyped-call]
+                self._launched.logits, scoring.arrays if scoring else []
+            )
             return
         if self._sampler is None:
             self._sampler = DeviceSampler(self._vocab_size)
             self._sampler.extend([row.sampled for row in rows])
         self._feed = self._sampler.sample(logits)
-        self._launched = _Launched(rows, tokens=self._feed)
-        mx.async_eval(self._feed)  # type: ignore[no-untyped-call]
+        scoring = Scoring.of(rows, logits, None if self._samples_on_host else self._feed)
+        self._launched = _Launched(rows, tokens=self._feed, scoring=scoring)
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            self._feed, scoring.arrays if scoring else []
+        )
 
     def _read(self, launched: _Launched | None) -> list[tuple[int, int]]:
         """Wait for a step; what its rows that left meanwhile would have said is dropped."""
@@ -153,11 +170,15 @@ class Decode:
         else:
             told = as_numpy(launched.tokens)
             tokens = [int(told[place]) for place in places]
-        return self._accept(rows, tokens)
+        return self._accept(launched, rows, tokens)
 
-    def _accept(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[tuple[int, int]]:
+    def _accept(
+        self, launched: _Launched, rows: Sequence[Row], tokens: Sequence[int]
+    ) -> list[tuple[int, int]]:
         for row, token in zip(rows, tokens, strict=True):
             row.accept(token)
+        if launched.scoring is not None:
+            launched.scoring.tell(frozenset(rows))
         told = [(row.slot, row.token) for row in rows if row.failure is None]
         self._masks.advance(rows)
         return told
@@ -165,11 +186,10 @@ class Decode:
     # ------------------------------------------------------------ rows under constraints
 
     def _chooses_late(self, launched: _Launched | None) -> bool:
-        is_masked = any(row.mask for row in self.rows)
         if self._samples_on_host:
             # The most likely of what is allowed needs no numpy.
-            return is_masked and all(row.sampled.is_plain_greedy for row in self.rows)
-        return is_masked or (launched is not None and launched.logits is not None)
+            return self._is_masked and all(row.sampled.is_plain_greedy for row in self.rows)
+        return self._is_masked or (launched is not None and launched.logits is not None)
 
     def _masked_step(self, launched: _Launched | None) -> list[tuple[int, int]]:
         """Choose tokens from the logits that were launched, and launch the next ones'.
@@ -192,11 +212,11 @@ class Decode:
         # Behind the next pass it would be known only when that is done, and its masks later still.
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
         joined = self.rows[len(rows) :]
-        is_masked = any(row.mask for row in self.rows)
+        is_masked = self._is_masked
         if is_masked:
             feed = mx.concatenate([chosen, _as_array(joined)]) if joined else chosen
             self._launch_logits(feed)
-        tokens = self._accept(rows, [int(token) for token in as_numpy(chosen)])
+        tokens = self._accept(launched, rows, [int(token) for token in as_numpy(chosen)])
         if not is_masked:
             self._masked.clear()
             self._launch()
@@ -206,8 +226,11 @@ class Decode:
         logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
         if self._samples_on_host:
             logits = logits.astype(mx.float32)
-        self._launched = _Launched(tuple(self.rows), feed, logits=logits)
-        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        rows = tuple(self.rows)
+        # Few of these rows ask: numpy looks at those that do, on a GPU, too.
+        scoring = Scoring.of(rows, logits, None)
+        self._launched = _Launched(rows, feed, logits, scoring)
+        mx.async_eval(logits, scoring.arrays if scoring else [])  # type: ignore[no-untyped-call]
 
 
 def _as_array(rows: Sequence[Row]) -> mx.array:

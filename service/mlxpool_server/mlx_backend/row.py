@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxpool_server.engine.backend import TokenScores
 from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.mlx_backend.row_mask import RowMask
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
@@ -25,6 +26,10 @@ class Row:
     mask: RowMask | None = None
     # What comes next, whatever is sampled.
     forced: list[int] = field(default_factory=list)
+    # None: nobody asked for log-probabilities.
+    top_logprobs: int | None = None
+    # Those of the last token, until they are told.
+    scores: TokenScores | None = None
 
     @property
     def num_left(self) -> int:
