@@ -383,6 +383,8 @@ class StopConditions:
 class OutputOptions:
     final_only: bool = False
     include_token_ids: bool = False
+    # None: no log-probabilities. 0: the chosen token's only.
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +467,23 @@ class ToolCallDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenCandidate:
+    """`raw_bytes` may be part of a character; `logprob` is natural and finite."""
+
+    token_id: int
+    raw_bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """`top`: the likeliest tokens, best first, whether or not the chosen one is among them."""
+
+    chosen: TokenCandidate
+    top: tuple[TokenCandidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationDelta:
     """New output (whole characters only) since the last delta, in at most one channel."""
 
@@ -472,6 +491,8 @@ class GenerationDelta:
     # All tokens generated so far, not only this delta's.
     completion_tokens: int
     token_ids: tuple[int, ...] = ()
+    # As many as tokens since the last delta, if they were asked for.
+    logprobs: tuple[TokenLogprob, ...] = ()
     reasoning: str = ""
     tool_call: ToolCallDelta | None = None
     # A call that nobody has read yet: the pool puts tool_call, or text, in its place.
@@ -510,6 +531,8 @@ class GenerationFinished:
     token_ids: tuple[int, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    # Of how many tokens log-probabilities went out.
+    num_logprobs: int = 0
     # All output in order, when there are calls in it that nobody has read yet.
     unread_parts: tuple[OutputPart, ...] = ()
 

@@ -127,6 +127,8 @@ def test_chats(target: Target, data: st.DataObject, text: str, reader: Reader) -
         request.stop.max_reasoning_tokens = data.draw(st.integers(-1, 5))
     request.output.final_only = data.draw(st.booleans())
     request.output.include_token_ids = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        request.output.top_logprobs = data.draw(st.integers(-1, 21))
     target.try_bytes("/mlxpool.v1.ModelService/Generate", request.SerializeToString(), reader)
 
 

@@ -37,6 +37,10 @@ def stop(**fields: Any) -> pb.GenerateRequest:
     return text_request(stop=pb.StopConditions(**fields))
 
 
+def output(**fields: Any) -> pb.GenerateRequest:
+    return text_request(output=pb.OutputOptions(**fields))
+
+
 def assert_contract(failure: Failure) -> None:
     """What holds for every error of ours."""
     assert failure.domain == "mlxpool"
@@ -102,6 +106,12 @@ INVALID_FIELDS: dict[str, tuple[pb.GenerateRequest, str]] = {
     "too many logit biases": (
         sampling(logit_bias=dict.fromkeys(range(1025), 1.0)),
         "sampling.logit_bias",
+    ),
+    "top_logprobs negative": (output(top_logprobs=-1), "output.top_logprobs"),
+    "top_logprobs too many": (output(top_logprobs=21), "output.top_logprobs"),
+    "top_logprobs without deltas": (
+        output(top_logprobs=0, final_only=True),
+        "output.top_logprobs",
     ),
     "max_tokens zero": (stop(max_tokens=0), "stop.max_tokens"),
     "max_tokens negative": (stop(max_tokens=-5), "stop.max_tokens"),
@@ -398,7 +408,6 @@ def _message(**fields: Any) -> pb.Prompt:
 CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("adapter", text_request(adapter="a")),
-    ("output.top_logprobs", text_request(output=pb.OutputOptions(top_logprobs=0))),
     (
         f"{CHAT}messages[0].content[1].image",
         text_request(prompt=_message(content=[pb.ContentPart(image=pb.ImagePart())])),
@@ -431,7 +440,7 @@ HONOURED = {
     "GenerateRequest": "model prompt sampling stop constraint output generation_id priority "
     "keep_alive require_loaded disable_prompt_cache",
     "StopConditions": "max_tokens max_reasoning_tokens sequences token_ids ignore_eos max_duration",
-    "OutputOptions": "final_only include_token_ids",
+    "OutputOptions": "final_only include_token_ids top_logprobs",
     "ChatPrompt": "messages tools tool_choice enable_reasoning continue_final_message "
     "template_kwargs",
     "ChatMessage": "role content reasoning tool_calls tool_call_id",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mlxpool_server.domain import Channel, GenerationDelta, OutputPart
+from dataclasses import replace
+
+from mlxpool_server.domain import Channel, GenerationDelta, OutputPart, TokenLogprob
 from mlxpool_server.engine.backend import ChannelSorter
 from mlxpool_server.engine.stop_matcher import StopMatcher
 
@@ -57,15 +59,19 @@ class ChannelFold:
             self._append_text(self._matcher.finish())
 
     def take(
-        self, completion_tokens: int, token_ids: tuple[int, ...]
+        self,
+        completion_tokens: int,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] = (),
     ) -> tuple[GenerationDelta, ...]:
-        """The deltas that are new; the ids are the first one's."""
+        """The deltas that are new; ids and log-probabilities are the first one's."""
         parts, self._new = self._new, []
+        first = GenerationDelta("", completion_tokens, token_ids, logprobs)
         if not parts:
-            return (GenerationDelta("", completion_tokens, token_ids),) if token_ids else ()
+            return (first,) if token_ids or logprobs else ()
+        others = GenerationDelta("", completion_tokens)
         return tuple(
-            _delta(part, completion_tokens, () if index else token_ids)
-            for index, part in enumerate(parts)
+            _with_part(others if index else first, part) for index, part in enumerate(parts)
         )
 
     def take_forced(self) -> tuple[int, ...]:
@@ -101,11 +107,11 @@ class ChannelFold:
         return "".join(part.text for part in self._all if part.channel is channel)
 
 
-def _delta(part: OutputPart, completion_tokens: int, token_ids: tuple[int, ...]) -> GenerationDelta:
+def _with_part(delta: GenerationDelta, part: OutputPart) -> GenerationDelta:
     match part.channel:
         case Channel.TEXT:
-            return GenerationDelta(part.text, completion_tokens, token_ids)
+            return replace(delta, text=part.text)
         case Channel.REASONING:
-            return GenerationDelta("", completion_tokens, token_ids, reasoning=part.text)
+            return replace(delta, reasoning=part.text)
         case Channel.CALL:
-            return GenerationDelta("", completion_tokens, token_ids, unread_call=part)
+            return replace(delta, unread_call=part)

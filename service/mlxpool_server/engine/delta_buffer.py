@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
-from mlxpool_server.domain import GenerationDelta, OutputPart
+from mlxpool_server.domain import GenerationDelta, OutputPart, TokenLogprob
+
+# A message may have 4 MiB: so many tokens, with 20 alternatives each, stay below.
+MOST_LOGPROBS = 128
 
 
 class DeltaBuffer:
@@ -31,17 +34,20 @@ class DeltaBuffer:
 class _Run:
     """Deltas without a channel, which have ids only, join any."""
 
-    __slots__ = ("_call", "_completion_tokens", "_reasoning", "_text", "_token_ids")
+    __slots__ = ("_call", "_completion_tokens", "_logprobs", "_reasoning", "_text", "_token_ids")
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._call: OutputPart | None = None
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._completion_tokens = 0
 
     def takes(self, delta: GenerationDelta) -> bool:
-        """Whether it still has one channel, and its order, with this delta."""
+        """Whether it still has one channel, and its order and size, with this delta."""
+        if self._logprobs and len(self._logprobs) + len(delta.logprobs) > MOST_LOGPROBS:
+            return False
         if delta.text:
             return not (self._reasoning or self._call)
         if delta.reasoning:
@@ -57,6 +63,8 @@ class _Run:
             self._call = delta.unread_call
         if delta.token_ids:
             self._token_ids.extend(delta.token_ids)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
         self._completion_tokens = delta.completion_tokens
 
     def delta(self) -> GenerationDelta:
@@ -64,6 +72,7 @@ class _Run:
             "".join(self._text),
             self._completion_tokens,
             tuple(self._token_ids),
+            tuple(self._logprobs),
             reasoning="".join(self._reasoning),
             unread_call=self._call,
         )

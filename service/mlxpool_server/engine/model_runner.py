@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 
 from mlxpool_server.domain import FinishReason, GenerationPhase, GenerationProgress
-from mlxpool_server.engine.backend import BatchRunner, LoadedModel
+from mlxpool_server.engine.backend import BatchRunner, LoadedModel, TokenScores
 from mlxpool_server.engine.output_stream import StreamItem
 from mlxpool_server.engine.scheduler import Scheduler
 from mlxpool_server.engine.sequence import Sequence, SequenceEvents, SequenceState
@@ -79,7 +79,13 @@ class ModelRunner:
         for sequence in admitted:
             try:
                 request = sequence.request
-                self._batch.add(sequence.slot, request.prompt, request.sampling, request.guide)
+                self._batch.add(
+                    sequence.slot,
+                    request.prompt,
+                    request.sampling,
+                    request.guide,
+                    request.top_logprobs,
+                )
             except Exception:  # it never joined the batch, so it fails alone
                 log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
                 self._emit(sequence.slot, GenerationFailedError(self._name))
@@ -104,7 +110,7 @@ class ModelRunner:
             sequence
             for slot, token_id in output.tokens
             if (sequence := self._scheduler.running(slot)) is not None
-            and self._take(sequence, token_id)
+            and self._take(sequence, token_id, output.scores.get(slot))
         ]
         for slot, error in output.failed:
             if (failed := self._scheduler.running(slot)) is not None:
@@ -151,12 +157,12 @@ class ModelRunner:
             self._fold(sequence, partial(sequence.finish, FinishReason.TIME_LIMIT))
         self._remove(expired)
 
-    def _take(self, sequence: Sequence, token_id: int) -> bool:
+    def _take(self, sequence: Sequence, token_id: int, scores: TokenScores | None) -> bool:
         """Take one token in; True when that ended the sequence."""
         is_first = sequence.state is SequenceState.PREFILLING
         if is_first:
             self._emit(sequence.slot, GenerationProgress(GenerationPhase.DECODING))
-        if self._fold(sequence, partial(sequence.accept, token_id)):
+        if self._fold(sequence, partial(sequence.accept, token_id, scores)):
             return True
         self._force(sequence)
         return False

@@ -14,9 +14,11 @@ from mlxpool_server.domain import (
     GenerationTimings,
     Priority,
     SamplingParams,
+    TokenCandidate,
+    TokenLogprob,
     TokenUsage,
 )
-from mlxpool_server.engine.backend import ChannelSorter, Guide, TextDecoder
+from mlxpool_server.engine.backend import ChannelSorter, Guide, TextDecoder, TokenScores
 from mlxpool_server.engine.channel_fold import ChannelFold
 from mlxpool_server.engine.stop_matcher import StopMatcher
 from mlxpool_server.engine.text_fold import TextFold
@@ -41,6 +43,10 @@ class SequenceRequest:
     stop_sequences: tuple[str, ...] = ()
     include_token_ids: bool = False
     final_only: bool = False
+    # None: no log-probabilities.
+    top_logprobs: int | None = None
+    # The bytes of a token, for its log-probability.
+    piece: Callable[[int], bytes] = lambda _: b""
     # math.inf: never.
     expires_at: float = math.inf
     priority: Priority = Priority.NORMAL
@@ -84,6 +90,8 @@ class Sequence:
         self._output = _new_fold(request, self._matcher)
         self._token_ids: list[int] = []
         self._unsent_token_ids: list[int] = []
+        self._unsent_logprobs: list[TokenLogprob] = []
+        self._num_logprobs = 0
         self._started_at: float | None = None
         self._first_token_at: float | None = None
 
@@ -95,8 +103,11 @@ class Sequence:
         self.state = SequenceState.PREFILLING
         self._started_at = self._clock()
 
-    def accept(self, token_id: int) -> SequenceEvents:
+    def accept(self, token_id: int, scores: TokenScores | None = None) -> SequenceEvents:
         """Take one generated token; return what the caller should see of it, in order."""
+        if scores is not None:
+            self._unsent_logprobs.append(self._spelled(token_id, scores))
+            self._num_logprobs += 1
         if self._first_token_at is None:
             self._first_token_at = self._clock()
             self.state = SequenceState.DECODING
@@ -137,6 +148,7 @@ class Sequence:
             stop_sequence=self._matcher.matched or "",
             stop_token_id=stop_token_id,
             token_ids=tuple(self._token_ids) if wants_all_ids else (),
+            num_logprobs=self._num_logprobs,
         )
         return (*self._take_delta(), finished)
 
@@ -148,10 +160,19 @@ class Sequence:
         if self.request.final_only:
             return ()
         ids = tuple(self._unsent_token_ids) if self.request.include_token_ids else ()
-        deltas = self._output.take(len(self._token_ids), ids)
+        logprobs = tuple(self._unsent_logprobs)
+        deltas = self._output.take(len(self._token_ids), ids, logprobs)
         if deltas:
             self._unsent_token_ids.clear()
+            self._unsent_logprobs.clear()
         return deltas
+
+    def _spelled(self, token_id: int, scores: TokenScores) -> TokenLogprob:
+        piece = self.request.piece
+        return TokenLogprob(
+            TokenCandidate(token_id, piece(token_id), scores.logprob),
+            tuple(TokenCandidate(other, piece(other), logprob) for other, logprob in scores.top),
+        )
 
     def _timings(self) -> GenerationTimings:
         now = self._clock()

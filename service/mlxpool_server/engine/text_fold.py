@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxpool_server.domain import GenerationDelta, OutputPart
+from mlxpool_server.domain import GenerationDelta, OutputPart, TokenLogprob
 from mlxpool_server.engine.stop_matcher import StopMatcher
 
 
@@ -33,14 +33,17 @@ class TextFold:
             self._append(self._matcher.finish())
 
     def take(
-        self, completion_tokens: int, token_ids: tuple[int, ...]
+        self,
+        completion_tokens: int,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] = (),
     ) -> tuple[GenerationDelta, ...]:
         """The deltas that are new."""
-        if not (self._new or token_ids):
+        if not (self._new or token_ids or logprobs):
             return ()
         text = "".join(self._new)
         self._new.clear()
-        return (GenerationDelta(text, completion_tokens, token_ids),)
+        return (GenerationDelta(text, completion_tokens, token_ids, logprobs),)
 
     def take_forced(self) -> tuple[int, ...]:
         return ()

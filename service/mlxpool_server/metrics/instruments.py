@@ -110,6 +110,12 @@ class Instruments:
             _MODEL,
             registry=self.registry,
         )
+        self._logprob_tokens = Counter(
+            "mlxpool_logprob_tokens",
+            "Tokens whose log-probabilities were asked for, of generations that ended.",
+            _MODEL,
+            registry=self.registry,
+        )
         self._queue = self._histogram(
             "queue_time_seconds", "Waiting for memory and a place in the batch.", _MODEL, WAIT_S
         )
@@ -140,6 +146,7 @@ class Instruments:
         timings, num_tokens = finished.timings, finished.usage.completion_tokens
         self._generations.labels(model, finished.finish_reason.value).inc()
         self._reasoning_tokens.labels(model).inc(finished.usage.reasoning_tokens)
+        self._logprob_tokens.labels(model).inc(finished.num_logprobs)
         self._queue.labels(model).observe(timings.queue_s)
         if num_tokens > 0:
             self._prefill.labels(model).observe(timings.prefill_s)

@@ -300,6 +300,8 @@ class Generations:
             stop_sequences=stop.sequences,
             include_token_ids=request.output.include_token_ids,
             final_only=request.output.final_only,
+            top_logprobs=request.output.top_logprobs,
+            piece=tokenizer.piece,
             expires_at=generation.expires_at,
             priority=request.priority,
             guide=admitted.guide,

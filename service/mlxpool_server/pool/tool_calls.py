@@ -70,6 +70,7 @@ class CallReader:
                     tool_call=ToolCallDelta(self._num_calls, call),
                     unread_call=None,
                     token_ids=delta.token_ids if place == 0 else (),
+                    logprobs=delta.logprobs if place == 0 else (),
                 )
             )
             self._num_calls += 1

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from mlxpool_server.domain import Constraint, ConstraintSyntax, Layout, ModelSpec, SamplingParams
@@ -216,3 +217,20 @@ def test_a_guide_that_gives_up_fails_alone(batch: MlxBatch, tokenizer: MlxTokeni
     batch.remove([0])
     assert len(mine) <= 1
     assert run(batch, tokenizer, {1})[1]
+
+
+def test_beside_a_row_whose_tokens_are_given(batch: MlxBatch, tokenizer: MlxTokenizer) -> None:
+    """Steps that wait for given tokens mask the other rows all the same."""
+    given = [7, 8, 9]
+    batch.add(0, [5, 6, 7], GREEDY, tokenizer.compile(CONSTRAINT))
+    batch.add(1, [6, 7, 8], GREEDY)
+    got: dict[int, list[int]] = {0: [], 1: []}
+    while not (got[0] and got[0][-1] in tokenizer.eos_token_ids):
+        output = batch.step()
+        assert not output.failed
+        for slot, token in output.tokens:
+            got[slot].append(token)
+            if slot == 1 and len(got[1]) in (3, 8):
+                batch.force(1, given)
+    assert got[1][3:6] == got[1][8:11] == given
+    jsonschema.validate(json.loads(text_of(tokenizer, got[0])), SCHEMA)

@@ -85,7 +85,7 @@ def test_those_of_a_forward_pass(
     prompts = {0: [1, 2, 3], 1: list(range(20)), 2: [9], 3: [4, 5]}
     counts = {0: 5, 1: None, 2: 0, 3: 20}
     for slot, prompt in prompts.items():
-        batch.add(slot, prompt, sampling, counts[slot])
+        batch.add(slot, prompt, sampling, top_logprobs=counts[slot])
     told = run(batch, set(prompts))
     batch.close()
     for slot, count in counts.items():
@@ -99,7 +99,7 @@ def test_those_of_a_forward_pass(
 def test_given_tokens(model: MlxModel, plain: nn.Module, on_host: bool) -> None:
     """A token that is put in the chosen one's place has its own."""
     batch = new_batch(model, on_host)
-    batch.add(0, [1, 2, 3], GREEDY, 2)
+    batch.add(0, [1, 2, 3], GREEDY, top_logprobs=2)
     told = []
     while len(told) < STEPS:
         output = batch.step()
@@ -116,7 +116,7 @@ def test_rows_leave(model: MlxModel, plain: nn.Module, on_host: bool) -> None:
     """Who stays keeps its own."""
     batch = new_batch(model, on_host)
     for slot in range(3):
-        batch.add(slot, [slot + 1, 5], GREEDY, slot + 1)
+        batch.add(slot, [slot + 1, 5], GREEDY, top_logprobs=slot + 1)
     told: list[tuple[int, TokenScores | None]] = []
     while len(told) < STEPS:
         output = batch.step()

@@ -54,6 +54,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100
 MAX_STOP_TOKEN_IDS = 256
 MAX_ENUM_VALUES = 16
+MAX_TOP_LOGPROBS = 20
 MAX_GENERATION_ID_CHARS = 128
 WATCH_INTERVAL_S = (0.1, 1.0, 60.0)
 
@@ -72,7 +73,6 @@ def generation_request(
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
     refuse(request, "", "adapter")
-    refuse(request.output, "output.", "top_logprobs")
     generation_id = request.generation_id
     if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
         raise InvalidFieldError(
@@ -96,10 +96,7 @@ def generation_request(
         prompt=asked,
         sampling=_sampling(request.sampling),
         stop=_stop(request.stop, limits),
-        output=OutputOptions(
-            final_only=request.output.final_only,
-            include_token_ids=request.output.include_token_ids,
-        ),
+        output=_output(request.output),
         constraint=constraint,
         generation_id=generation_id,
         priority=choice(request.priority, PRIORITIES, "priority"),
@@ -220,6 +217,20 @@ def _sampling(sampling: pb.SamplingParams) -> SamplingParams:
         xtc_threshold=read("xtc_threshold", 0, 0.5),
         logit_bias=dict(sampling.logit_bias),
         seed=sampling.seed if sampling.HasField("seed") else None,
+    )
+
+
+def _output(output: pb.OutputOptions) -> OutputOptions:
+    path = "output.top_logprobs"
+    top_logprobs = count(output, path, None, low=0)
+    if top_logprobs is not None and top_logprobs > MAX_TOP_LOGPROBS:
+        raise InvalidFieldError(path, f"is {top_logprobs}; at most {MAX_TOP_LOGPROBS} are given")
+    if top_logprobs is not None and output.final_only:
+        raise InvalidFieldError(path, "comes in deltas, and final_only sends none")
+    return OutputOptions(
+        final_only=output.final_only,
+        include_token_ids=output.include_token_ids,
+        top_logprobs=top_logprobs,
     )
 
 

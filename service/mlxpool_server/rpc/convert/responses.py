@@ -211,7 +211,11 @@ def _generation_progress(progress: domain.GenerationProgress) -> pb.GenerationPr
 
 def _delta(event: domain.GenerationDelta) -> pb.GenerationDelta:
     delta = pb.GenerationDelta(completion_tokens=event.completion_tokens, token_ids=event.token_ids)
-    # No channel at all when only ids came.
+    delta.logprobs.extend(
+        pb.TokenLogprob(chosen=_candidate(each.chosen), top=map(_candidate, each.top))
+        for each in event.logprobs
+    )
+    # No channel at all when only ids or log-probabilities came.
     if event.text:
         delta.text = event.text
     elif event.reasoning:
@@ -223,6 +227,15 @@ def _delta(event: domain.GenerationDelta) -> pb.GenerationDelta:
         delta.tool_call.name = call.name
         delta.tool_call.arguments_json = call.arguments_json
     return delta
+
+
+def _candidate(candidate: domain.TokenCandidate) -> pb.TokenCandidate:
+    return pb.TokenCandidate(
+        token_id=candidate.token_id,
+        text=candidate.raw_bytes.decode("utf-8", "replace"),
+        raw_bytes=candidate.raw_bytes,
+        logprob=candidate.logprob,
+    )
 
 
 def _generation_finished(event: domain.GenerationFinished) -> pb.GenerationFinished:
