@@ -62,7 +62,7 @@ def run(batch: MlxBatch, slots: set[int]) -> dict[int, list[tuple[int, TokenScor
 
 
 # A GPU's products of single precision are rounded, and by the number of rows.
-TOLERANCE = 1e-4 if device_kind() == "cpu" else 1e-3
+TOLERANCE = 1e-4 if device_kind() == "cpu" else 3e-3
 
 
 def check(
