@@ -219,6 +219,13 @@ def test_parameters_that_cannot_be_enforced(read: Read) -> None:
             '{"properties": {"a": {"type": "string", "pattern": "b"}}}',
             BadConstraintError,
         ),
+        ("qwen3.6", '{"properties": []}', BadConstraintError),
+        (
+            "qwen3.6",
+            '{"properties": {"a": {"type": "string", "maxLength": "b"}}}',
+            BadConstraintError,
+        ),
+        ("qwen3", json.dumps({"description": "long" * 100_000}), BadConstraintError),
         ("qwen3", '{"properties": {"a": {"type": "colour"}}}', BadConstraintError),
         ("qwen3", "[]", InvalidFieldError),
     ):

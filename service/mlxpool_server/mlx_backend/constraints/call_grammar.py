@@ -16,6 +16,9 @@ from mlxpool_server.mlx_backend import harmony
 from mlxpool_server.mlx_backend.constraints.grammar import JSON_OPTIONS, quoted
 
 _NEW_LINE = quoted("\n")
+_FIELD = "prompt.chat.tools"
+# Compiling takes memory and time in proportion.
+MAX_GRAMMAR_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,12 @@ def has_grammar(parser: str) -> bool:
 
 def call_grammar(parser: str, calls: Calls) -> str:
     """Return Lark; only for a parser that has a grammar. Raises: BadConstraintError."""
-    return "\n".join(_FORMS[parser](calls)) + "\n"
+    grammar = "\n".join(_FORMS[parser](calls)) + "\n"
+    size = len(grammar.encode())
+    if size > MAX_GRAMMAR_BYTES:
+        problem = f"have {size} bytes as a grammar; at most {MAX_GRAMMAR_BYTES} are allowed"
+        raise BadConstraintError(_FIELD, problem)
+    return grammar
 
 
 def _object(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
@@ -136,8 +144,9 @@ def _object(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
 
 def _function_tag(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
     """Texts as they are, other values as JSON. Raises: BadConstraintError."""
-    required = parameters.get("required", [])
-    properties: dict[str, Any] = parameters.get("properties", {})
+    required, properties = parameters.get("required", []), parameters.get("properties", {})
+    if not (isinstance(required, list) and isinstance(properties, dict)):
+        raise BadConstraintError(_FIELD, f"the parameters of {name} are no JSON schema")
     uses, lines = [], []
     for index, (key, schema) in enumerate(properties.items()):
         value = f"{rule}_{index}"
@@ -174,8 +183,10 @@ def _any_text(key: str, schema: dict[str, Any]) -> str:
     for keyword in ("pattern", "format"):
         if keyword in schema:
             problem = f"the {keyword} of {key} cannot be enforced in this model's form of calls"
-            raise BadConstraintError("prompt.chat.tools", problem)
+            raise BadConstraintError(_FIELD, problem)
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if not (isinstance(least, int) and (most == "" or isinstance(most, int))):
+        raise BadConstraintError(_FIELD, f"the length of {key} is no whole number")
     return f"/(?s:.){{{least},{most}}}/"
 
 
