@@ -136,15 +136,11 @@ class Decode:
 
     def _launch(self) -> None:
         feed = _as_array(self.rows) if self._feed is None else self._feed
+        if self._samples_here():
+            self._launch_logits(feed)
+            return
         logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
         rows = tuple(self.rows)
-        if self._samples_here():
-            scoring = Scoring.of(rows, logits, None)
-            self._launched = _Launched(rows, feed, logits.astype(mx.float32), scoring)
-            mx.async_eval(  # type: ignore[no-untyped-call]
-                self._launched.logits, scoring.arrays if scoring else []
-            )
-            return
         if self._sampler is None:
             self._sampler = DeviceSampler(self._vocab_size)
             self._sampler.extend([row.sampled for row in rows])
@@ -223,11 +219,12 @@ class Decode:
         return tokens
 
     def _launch_logits(self, feed: mx.array) -> None:
+        """Tokens are chosen from the logits when these are there."""
         logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
         if self._samples_on_host:
             logits = logits.astype(mx.float32)
         rows = tuple(self.rows)
-        # Few of these rows ask: numpy looks at those that do, on a GPU, too.
+        # numpy looks at the rows that ask, on a GPU, too.
         scoring = Scoring.of(rows, logits, None)
         self._launched = _Launched(rows, feed, logits, scoring)
         mx.async_eval(logits, scoring.arrays if scoring else [])  # type: ignore[no-untyped-call]
