@@ -36,12 +36,13 @@ RESERVED_VARIABLES = frozenset(
 _MAX_WHOLE = 2**53
 
 _PATH = "prompt.chat."
+# Whether the model may call tools.
 _TOOL_MODES = {
-    mode: mode
-    for mode in (
-        pb.TOOL_MODE_UNSPECIFIED, pb.TOOL_MODE_AUTO, pb.TOOL_MODE_NONE, pb.TOOL_MODE_REQUIRED,
-    )
-}  # fmt: skip
+    pb.TOOL_MODE_UNSPECIFIED: True,
+    pb.TOOL_MODE_AUTO: True,
+    pb.TOOL_MODE_NONE: False,
+    pb.TOOL_MODE_REQUIRED: True,
+}
 
 
 def chat_prompt(chat: pb.ChatPrompt) -> ChatPrompt:
@@ -117,8 +118,8 @@ def _tools(chat: pb.ChatPrompt) -> tuple[Tool, ...]:
         )
         for index, tool in enumerate(chat.tools)
     )
-    mode = choice(chat.tool_choice.mode, _TOOL_MODES, f"{_PATH}tool_choice.mode")
-    return () if mode == pb.TOOL_MODE_NONE else tools
+    may_call = choice(chat.tool_choice.mode, _TOOL_MODES, f"{_PATH}tool_choice.mode")
+    return tools if may_call else ()
 
 
 def _must_call(chat: pb.ChatPrompt) -> tuple[bool, str]:
