@@ -17,7 +17,6 @@ from mlxpool_server.mlx_backend import mask_maker
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
-from tiny_models import write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
@@ -30,17 +29,6 @@ SCHEMA = {
 }
 CONSTRAINT = Constraint(ConstraintSyntax.JSON_SCHEMA, json.dumps(SCHEMA))
 TOKENS = 40
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> MlxModel:
-    loader = MlxLoader(prefill_step_tokens=16, default_layout=Layout.FLOAT32)
-    return loader.load(ModelSpec("tiny", folder), lambda _: None, lambda: False)
 
 
 @pytest.fixture(scope="module")

@@ -11,32 +11,20 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlxpool_server.domain import Layout, ModelSpec, SamplingParams
+from mlxpool_server.domain import SamplingParams
 from mlxpool_server.engine.backend import TokenScores
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loader import MlxModel
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 from mlxpool_server.mlx_backend.scoring import LOWEST_LOGPROB, Scoring
-from tiny_models import write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
 SAMPLED = SamplingParams(temperature=1.5, seed=5, logit_bias={7: 20.0}, repetition_penalty=1.5)
 STEPS = 12
 
 where = pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> MlxModel:
-    loader = MlxLoader(prefill_step_tokens=16, default_layout=Layout.FLOAT32)
-    return loader.load(ModelSpec("tiny", folder), lambda _: None, lambda: False)
 
 
 @pytest.fixture(scope="module")

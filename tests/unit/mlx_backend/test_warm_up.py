@@ -74,11 +74,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "llama")
-
-
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_nothing_stays(architecture: str, tmp_path: Path) -> None:
     """After the load MLX holds the weights and nothing else, whatever the caches."""
