@@ -6,7 +6,7 @@ import codecs
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from mlx_lm.tokenizer_utils import (
 )
 from mlx_lm.utils import load_tokenizer
 
-from mlxpool_server.domain import ChatPrompt, Constraint, ConstraintSyntax, ToolCall
+from mlxpool_server.domain import ChatPrompt, Constraint, ToolCall
 from mlxpool_server.engine.backend import Guide, TextDecoder
 from mlxpool_server.errors import InvalidFieldError, MalformedCallError
-from mlxpool_server.mlx_backend import chat_variables, harmony
+from mlxpool_server.mlx_backend import chat_variables
 from mlxpool_server.mlx_backend.channel_sorter import NORMAL, REASONING, Sorter
-from mlxpool_server.mlx_backend.constraints.behind_thoughts import BehindThoughts, Thoughts, as_bits
-from mlxpool_server.mlx_backend.constraints.call_grammar import Calls, call_grammar, has_grammar
-from mlxpool_server.mlx_backend.constraints.compiler import ConstraintCompiler
+from mlxpool_server.mlx_backend.constraints.call_grammar import has_grammar
+from mlxpool_server.mlx_backend.constraints.guide_maker import GuideMaker
 from mlxpool_server.mlx_backend.foreign_tokenizer import check_growth, panics_as_errors
 from mlxpool_server.mlx_backend.output_format import family_of
 from mlxpool_server.mlx_backend.template_renderer import CallError, shared_renderer
@@ -49,9 +48,17 @@ class MlxTokenizer:
         elif isinstance(detokenizer, SPMStreamingDetokenizer):
             self._trims_first_space = detokenizer.trim_space
         self._pieces = _pieces_of(wrapper, detokenizer)
-        self._compiler: ConstraintCompiler | None = None
         self._max_token_chars = max((len(piece) for piece in self._pieces), default=1)
         self._family = family_of(wrapper, self._special_ids)
+        known = self._pieces[: self._vocab_size]
+        self._guides = GuideMaker(
+            known + (b"",) * (self._vocab_size - len(known)),
+            special_ids=self._special_ids,
+            eos_ids=self._ends,
+            family=self._family,
+            encode=partial(self.encode, add_special_tokens=False),
+            new_decoder=partial(self.new_decoder, is_exact=True),
+        )
 
     @classmethod
     def read(cls, folder: Path, vocab_size: int, eos_token_ids: object) -> MlxTokenizer:
@@ -218,71 +225,8 @@ class MlxTokenizer:
     def compile(
         self, constraint: Constraint | None, chat: ChatPrompt | None = None, rendered: str = ""
     ) -> Guide | None:
-        if constraint is None and chat is not None and chat.must_call:
-            constraint = self._forced_call(chat)
-        if constraint is None:
-            return None
-        guide = self._compiled(constraint)
-        thoughts = None if chat is None else self._thoughts(chat, rendered)
-        if thoughts is None:
-            return guide
-        return BehindThoughts(guide, self._compiled(constraint), thoughts)
-
-    def _forced_call(self, chat: ChatPrompt) -> Constraint:
-        tools = chat_variables.tools(chat) or []
-        named = [tool for tool in tools if tool["function"]["name"] == chat.called_tool]
-        calls = Calls(named or tools, is_one=bool(named), marker=self._marker_in_lark)
-        grammar = call_grammar(self._family.parser, calls)
-        return Constraint(ConstraintSyntax.LARK, grammar, "prompt.chat.tools")
-
-    def _marker_in_lark(self, marker: str) -> str:
-        ids = self.encode(marker, add_special_tokens=False)
-        return " ".join(f"<[{token_id}]>" for token_id in ids)
-
-    def _thoughts(self, chat: ChatPrompt, rendered: str) -> Thoughts | None:
-        """None: the output's beginning is the answer's."""
-        sorter = self.new_sorter(chat, rendered)
-        if sorter is None:
-            return None
-        # In harmony a call is a message of its own, as a thought is.
-        is_message = chat.must_call and self._family.parser == harmony.PARSER
-        ends = frozenset({harmony.INITIAL if is_message else NORMAL})
-        start: tuple[int, ...] = ()
-        if not (chat.continue_final_message or chat.enable_reasoning is False):
-            start = self.encode(self._family.reasoning_start, add_special_tokens=False)
-        if sorter.state in ends and not start:
-            return None
-        return Thoughts(
-            sorter=sorter,
-            decoder=self.new_decoder(is_exact=True),
-            ends=ends,
-            start=start,
-            free=self._free_bits,
-            spaces=self._space_bits,
-            encode=partial(self.encode, add_special_tokens=False),
-        )
-
-    def _compiled(self, constraint: Constraint) -> Guide:
-        with self._lock:
-            if self._compiler is None:
-                pieces = self._pieces[: self._vocab_size]
-                self._compiler = ConstraintCompiler(
-                    pieces + (b"",) * (self._vocab_size - len(pieces)),
-                    special_ids=sorted(self._special_ids),
-                    eos_ids=self._ends,
-                    encode=partial(self.encode, add_special_tokens=False),
-                )
-        return self._compiler.compile(constraint)
-
-    @cached_property
-    def _free_bits(self) -> bytes:
-        ids = frozenset(range(self._vocab_size)).difference(self._ends)
-        return as_bits(ids, self._vocab_size)
-
-    @cached_property
-    def _space_bits(self) -> bytes:
-        pieces = enumerate(self._pieces[: self._vocab_size])
-        return as_bits([index for index, piece in pieces if piece.isspace()], self._vocab_size)
+        sorter = None if chat is None else self.new_sorter(chat, rendered)
+        return self._guides.guide(constraint, chat, sorter)
 
     @property
     def _ends(self) -> list[int]:

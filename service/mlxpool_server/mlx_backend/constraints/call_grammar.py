@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlxpool_server.domain import Constraint, ConstraintSyntax
 from mlxpool_server.errors import BadConstraintError
 from mlxpool_server.mlx_backend import harmony
 from mlxpool_server.mlx_backend.constraints.grammar import JSON_OPTIONS, quoted
@@ -78,10 +79,9 @@ def _kimi_k2(calls: Calls) -> list[str]:
     argument_begin = marker("<|tool_call_argument_begin|>")
 
     def write(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
-        return [
-            f"{rule}: {quoted(f'functions.{name}:')} INDEX {argument_begin} {rule}_arguments",
-            _json_rule(f"{rule}_arguments", _arguments(parameters)),
-        ]
+        return _with_arguments(
+            rule, f"{quoted(f'functions.{name}:')} INDEX {argument_begin}", parameters
+        )
 
     start, end = marker("<|tool_calls_section_begin|>"), marker("<|tool_calls_section_end|>")
     return [
@@ -99,10 +99,9 @@ def _harmony(calls: Calls) -> list[str]:
     json_mark = f"{quoted(' ')} {marker('<|constrain|>')} {quoted('json')}"
 
     def write(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
-        return [
-            f"{rule}: {quoted(name)} {json_mark} {marker('<|message|>')} {rule}_arguments",
-            _json_rule(f"{rule}_arguments", _arguments(parameters)),
-        ]
+        return _with_arguments(
+            rule, f"{quoted(name)} {json_mark} {marker('<|message|>')}", parameters
+        )
 
     return [
         f"start: ({marker('<|start|>')} {quoted('assistant')})? {begin} tool",
@@ -124,21 +123,32 @@ def has_grammar(parser: str) -> bool:
     return parser in _FORMS
 
 
-def call_grammar(parser: str, calls: Calls) -> str:
-    """Return Lark; only for a parser that has a grammar. Raises: BadConstraintError."""
+def call_constraint(parser: str, calls: Calls) -> Constraint:
+    """Only for a parser that has a grammar. Raises: BadConstraintError."""
     grammar = "\n".join(_FORMS[parser](calls)) + "\n"
     size = len(grammar.encode())
     if size > MAX_GRAMMAR_BYTES:
         problem = f"have {size} bytes as a grammar; at most {MAX_GRAMMAR_BYTES} are allowed"
         raise BadConstraintError(_FIELD, problem)
-    return grammar
+    return Constraint(ConstraintSyntax.LARK, grammar, _FIELD)
 
 
 def _object(rule: str, name: str, parameters: dict[str, Any]) -> list[str]:
     begin = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+    return _with_arguments(rule, quoted(begin), parameters, quoted("}"))
+
+
+def _with_arguments(
+    rule: str, before: str, parameters: dict[str, Any], after: str = ""
+) -> list[str]:
+    """A rule with a tool's arguments as JSON, and the rule of the arguments.
+
+    They hold nothing that the tool does not name, unless it says otherwise.
+    """
+    schema = {"type": "object", "additionalProperties": False, **parameters}
     return [
-        f"{rule}: {quoted(begin)} {rule}_arguments {quoted('}')}",
-        _json_rule(f"{rule}_arguments", _arguments(parameters)),
+        f"{rule}: {before} {rule}_arguments {after}".rstrip(),
+        _json_rule(f"{rule}_arguments", schema),
     ]
 
 
@@ -193,11 +203,6 @@ def _any_text(key: str, schema: dict[str, Any]) -> str:
 def _with_definitions(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {key: root[key] for key in ("$defs", "definitions") if key in root}
     return {**found, **schema} if isinstance(schema, dict) else found
-
-
-def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
-    """An object, and nothing in it that the tool does not name, unless it says otherwise."""
-    return {"type": "object", "additionalProperties": False, **parameters}
 
 
 def _json_rule(rule: str, schema: dict[str, Any]) -> str:
