@@ -137,10 +137,8 @@ class App:
         Raises: AddressUnavailableError.
         """
         warn_of_exposure(self._settings)
-        credentials = tls = None
-        if self._certificates is not None:
-            credentials, tls = self._certificates.credentials(), self._certificates.context()
-        addresses = bind(self._server, self._settings.listen, credentials)
+        tls = None if self._certificates is None else self._certificates.context()
+        addresses = bind(self._server, self._settings.listen, self._certificates)
         await self._telemetry.start(self._pool, self._sample, self._gate, tls)
         self._engine.start()
         await self._server.start()

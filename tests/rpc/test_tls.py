@@ -103,6 +103,19 @@ async def test_a_new_pair_is_used_without_a_restart(tmp_path: Path) -> None:
         await server.assert_serves()
 
 
+async def test_two_addresses(tmp_path: Path) -> None:
+    """Both are served, and both get a new pair."""
+    old, new = Authority("old"), Authority("new")
+    listen = ("127.0.0.1:0", "localhost:0")
+    async with tls_server(tmp_path, old, listen=listen) as server:
+        (listening,) = events_of(server, "server.listening")
+        for address in listening["addresses"]:
+            assert await connects(address, credentials(old))
+        new.issue().write(tmp_path)
+        for address in listening["addresses"]:
+            assert await connects(address, credentials(new))
+
+
 async def test_whoever_notices_a_new_pair_first(tmp_path: Path) -> None:
     """Calls get it even when a scraper's connection was the one that had it read."""
     old, new = Authority("old"), Authority("new")

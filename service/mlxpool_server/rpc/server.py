@@ -6,7 +6,6 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from google.rpc import error_details_pb2
 from grpc import aio
 from grpc_channelz.v1 import channelz
@@ -30,6 +29,7 @@ from mlxpool_server.rpc.interceptors.wrap import AroundInterceptor
 from mlxpool_server.rpc.memory_service import MemoryService
 from mlxpool_server.rpc.model_service import ModelService
 from mlxpool_server.rpc.observer import CallObserver
+from mlxpool_server.rpc.tls import Certificates
 
 CONNECT_TIMEOUT_S = 1.0
 # A client is asked whether it is there after so long without a word, and has so long to answer.
@@ -66,11 +66,11 @@ def build_server(
 
 
 def bind(
-    server: aio.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None
+    server: aio.Server, addresses: Sequence[str], certificates: Certificates | None
 ) -> tuple[str, ...]:
     """Bind every address; return them with the ports the kernel picked.
 
-    `credentials` are for TCP; a unix socket is guarded by the file system.
+    `certificates` are for TCP; a unix socket is guarded by the file system.
     Raises: AddressUnavailableError.
     """
     bound = []
@@ -78,10 +78,10 @@ def bind(
         if _is_served_socket(address):
             raise AddressUnavailableError(address)
         try:
-            if credentials is None or address.startswith("unix:"):
+            if certificates is None or address.startswith("unix:"):
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, credentials)
+                port = server.add_secure_port(address, certificates.credentials())
         except RuntimeError as error:
             raise AddressUnavailableError(address) from error
         if address.startswith("unix:"):

@@ -49,14 +49,26 @@ class Certificates:
         self._lock = threading.Lock()
         # Before they are read: what changes meanwhile is read again.
         self._state = state_of(files.all)
-        # The one in use, and the one that gRPC knows of.
-        self._pair = self._told = _read(files)
+        # The one in use.
+        self._pair = _read(files)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For gRPC."""
+        """For one port of gRPC's: a port asks what changed since it asked before."""
+        told = pair = self._pair
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """The new pair, or None to go on with the one in use."""
+            nonlocal told
+            with self._lock:
+                self._look()
+                if told is self._pair:
+                    return None
+                told = self._pair
+                return told.configuration
+
         return grpc.dynamic_ssl_server_credentials(
-            self._told.configuration,
-            self._changed,  # type: ignore[arg-type]  # None is allowed, and means no change
+            pair.configuration,
+            changed,  # type: ignore[arg-type]  # None is allowed, and means no change
             require_client_authentication=self._files.client_ca is not None,
         )
 
@@ -71,15 +83,6 @@ class Certificates:
         with self._lock:
             self._look()
             connection.context = self._pair.context
-
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new pair, or None to go on with the one in use."""
-        with self._lock:
-            self._look()
-            if self._told is self._pair:
-                return None
-            self._told = self._pair
-            return self._pair.configuration
 
     def _look(self) -> None:
         state = state_of(self._files.all)
