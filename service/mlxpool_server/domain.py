@@ -114,6 +114,8 @@ class ModelInfo:
     warm_up_bytes: int = 0
     revision: str = ""
     capabilities: frozenset[Capability] = frozenset()
+    # The names of its classes elsewhere, as config.json has them.
+    class_names: tuple[str, ...] = ()
 
     @property
     def load_bytes(self) -> int:

@@ -40,6 +40,7 @@ class FakeFiles:
     may_load: threading.Event = field(default_factory=threading.Event)
     is_loading: threading.Event = field(default_factory=threading.Event)
     may_read_tokenizer: threading.Event = field(default_factory=threading.Event)
+    tokenizer_files: dict[str, bytes] = field(default_factory=lambda: {"tokenizer.json": b"{}"})
     # Another one: the tokenizer's files were replaced.
     stamp: int = 0
     num_stamps: int = 0
@@ -94,6 +95,7 @@ class FakeLoader:
             warm_up_bytes=files.warm_up_bytes,
             revision="r1",
             capabilities=files.capabilities,
+            class_names=("FakeForCausalLM",),
         )
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:
@@ -108,6 +110,9 @@ class FakeLoader:
         if files.tokenizer_error:
             raise LoadFailedError(spec.name, files.tokenizer_error)
         return files.tokenizer
+
+    def tokenizer_files(self, spec: ModelSpec) -> dict[str, bytes]:
+        return self._files[spec.name].tokenizer_files
 
     def load(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlxpool_server.domain import HubSource, LoadProgress, ModelInfo, ModelSpec
@@ -33,6 +33,10 @@ class CheckedLoader:
             # Here, so that there is a moment between fetching and reading.
             check_folder(spec.name, download(spec.name, spec.source, TOKENIZER_FILES))
         return self._loader.load_tokenizer(spec)
+
+    def tokenizer_files(self, spec: ModelSpec) -> Mapping[str, bytes]:
+        _check(spec, TOKENIZER_FILES)
+        return self._loader.tokenizer_files(spec)
 
     def load(
         self,

@@ -43,6 +43,7 @@ from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, 
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.model_config import (
     check_quantization,
+    class_names_of,
     describe_quantization,
     eos_token_ids,
     first_int,
@@ -61,6 +62,7 @@ from mlxpool_server.mlx_backend.model_size import (
 from mlxpool_server.mlx_backend.openblas import OpenBlas
 from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
+from mlxpool_server.mlx_backend.tokenizer_files import read_tokenizer_files
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
 from mlxpool_server.mlx_backend.weights import all_arrays, embedding_rows, evaluated
 from mlxpool_server.watched_file import FileState, file_state
@@ -213,6 +215,7 @@ class MlxLoader:
             warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
             revision=folder.name if isinstance(spec.source, HubSource) else "",
             capabilities=capabilities_of(folder),
+            class_names=class_names_of(config),
         )
         return _Look(info, choice)
 
@@ -236,6 +239,12 @@ class MlxLoader:
         except Exception as error:  # whatever transformers raises on a foreign folder
             problem = f"its tokenizer cannot be read: {one_line(error)}"
             raise LoadFailedError(spec.name, problem) from error
+
+    def tokenizer_files(self, spec: ModelSpec) -> dict[str, bytes]:
+        folder = _local_folder(spec, TOKENIZER_FILES)
+        if folder is None:
+            raise LoadFailedError(spec.name, "its files are not on this machine")
+        return read_tokenizer_files(spec.name, folder)
 
     def load(
         self,

@@ -16,6 +16,8 @@ INT32_MAX = 2**31 - 1
 # MLX packs 2 to 8 bits, in groups of 16 to 128.
 MAX_BITS = 32
 MAX_GROUP_SIZE = 1024
+MAX_NAMES = 8
+MAX_NAME_CHARS = 128
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -102,6 +104,14 @@ def vocab_size_of(config: dict[str, Any]) -> int:
         first_int(source, "vocab_size") for source in (config, _section(config, "text_config"))
     )
     return min((claim for claim in claims if claim), default=0)
+
+
+def class_names_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """What `architectures` lists; nobody lists more than one or two."""
+    names = config.get("architectures")
+    if not isinstance(names, list):
+        return ()
+    return tuple(name[:MAX_NAME_CHARS] for name in names[:MAX_NAMES] if isinstance(name, str))
 
 
 def describe_quantization(quantization: dict[str, Any]) -> str:

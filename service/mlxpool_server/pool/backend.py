@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mlxpool_server.domain import (
@@ -111,6 +111,12 @@ class ModelLoader(Protocol):
 
     def load_tokenizer(self, spec: ModelSpec) -> Tokenizer:
         """Raises: LoadFailedError."""
+
+    def tokenizer_files(self, spec: ModelSpec) -> Mapping[str, bytes]:
+        """Return the files that another program's tokenizer of this model is made from, by name.
+
+        Raises: LoadFailedError.
+        """
 
     def load(
         self,

@@ -76,6 +76,10 @@ class PromptReader:
         """Raises: LoadFailedError."""
         return await self._tokenizers.get(spec)
 
+    async def tokenizer_archive(self, spec: ModelSpec) -> bytes:
+        """Return the tokenizer's files as a ZIP. Raises: LoadFailedError, QueueTimeoutError."""
+        return await self._tokenizers.archive(spec)
+
     async def read(
         self,
         spec: ModelSpec,

@@ -11,6 +11,7 @@ from mlxpool_server.domain import ModelSpec
 from mlxpool_server.errors import LoadFailedError
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
 from mlxpool_server.pool.model_threads import ModelThreads, TooSlowError
+from mlxpool_server.pool.tokenizer_archive import archive
 
 T = TypeVar("T")
 
@@ -65,6 +66,10 @@ class Tokenizers:
         # A caller who gives up must not cancel the others.
         _, tokenizer = await asyncio.shield(read)
         return tokenizer
+
+    async def archive(self, spec: ModelSpec) -> bytes:
+        """Return its files as a ZIP. Raises: LoadFailedError, QueueTimeoutError."""
+        return await self._on_thread(spec, lambda: archive(self._loader.tokenizer_files(spec)))
 
     @property
     def is_idle(self) -> bool:

@@ -84,6 +84,19 @@ def folder(original: Path, tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- size
 
 
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [(["LlamaForCausalLM"], ("LlamaForCausalLM",)), (None, ()), ("Llama", ()), ([1, {}], ())],
+)
+def test_class_names(architectures: object, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """What config.json lists, if it is a list of names."""
+    folder = write_model(tmp_path / "tiny")
+    change_config(folder, architectures=architectures)
+    info = make_loader(Layout.STORED).inspect(ModelSpec("tiny", folder))
+    assert info is not None
+    assert info.class_names == expected
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "4-bit"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sizes(architecture: str, quantized: bool, tmp_path: Path) -> None:
