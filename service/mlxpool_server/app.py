@@ -18,6 +18,7 @@ from mlxpool_server.engine.engine import Engine
 from mlxpool_server.engine.fair_lock import FairLock
 from mlxpool_server.errors import RETRY_AFTER_S, AddressUnavailableError, DrainingError
 from mlxpool_server.front_door import certificates_for, gate_for, warn_of_exposure
+from mlxpool_server.gateway_ports import GatewayPorts, Served, check_gateway_models
 from mlxpool_server.metrics import Sample
 from mlxpool_server.mlx_backend.demo_model import ensure_demo_model
 from mlxpool_server.mlx_backend.openblas import OpenBlas, load_openblas
@@ -119,6 +120,14 @@ class App:
             max_message_bytes=settings.max_message_bytes,
             observers=self._telemetry.call_observers,
         )
+        check_gateway_models(settings.gateway, catalog)
+        self._gateway_ports = GatewayPorts(
+            settings.gateway,
+            Served(self._pool, self._generations, self._prompts, self._health),
+            gate=self._gate,
+            max_message_bytes=settings.max_message_bytes,
+            observers=self._telemetry.call_observers,
+        )
         self._stop_requested = asyncio.Event()
         self._exit_code = 0
         log.info(
@@ -139,12 +148,16 @@ class App:
         warn_of_exposure(self._settings)
         tls = None if self._certificates is None else self._certificates.context()
         addresses = bind(self._server, self._settings.listen, self._certificates)
+        gateway_addresses = self._gateway_ports.bind(self._certificates)
         await self._telemetry.start(self._pool, self._sample, self._gate, tls)
         self._engine.start()
         await self._server.start()
         self._pool.preload()
+        await self._gateway_ports.start()
         self._health.set_serving(is_serving=True)
         log.info("server.listening", addresses=addresses)
+        for model, address in gateway_addresses.items():
+            log.info("gateway.listening", model=model, address=address)
         return addresses
 
     async def run_until_stopped(self) -> int:
@@ -243,7 +256,8 @@ class App:
         self._memory_service.close()
         # Together: the server takes no new calls, and those that watch a load learn how it ended.
         _, is_pool_closed = await asyncio.gather(
-            self._server.stop(CALLS_STOP_S), self._close_pool(error)
+            asyncio.gather(self._server.stop(CALLS_STOP_S), self._gateway_ports.stop(CALLS_STOP_S)),
+            self._close_pool(error),
         )
         # After the calls that may still ask for one.
         self._prompts.close()

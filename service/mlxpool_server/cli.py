@@ -150,6 +150,14 @@ def _check(settings: Settings) -> int:
     catalog = Catalog.build(settings.models, settings.models_dir)
     for skipped in catalog.skipped:
         sys.stderr.write(f"{_PROG}: skipped {skipped.folder}: {skipped.reason}\n")
+    if settings.gateway:
+        # Late: only these ports need grpc.
+        from mlxpool_server.gateway_ports import check_gateway_models  # noqa: PLC0415  # see above
+
+        demo = (ModelSpec("demo", Path("demo")),)
+        check_gateway_models(
+            settings.gateway, Catalog.build(demo) if settings.serves_demo_model else catalog
+        )
     if settings.serves_demo_model:
         sys.stdout.write("demo: the demo model, since no model is configured\n")
     code = 0

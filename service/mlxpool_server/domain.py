@@ -586,6 +586,18 @@ class LimitsChange:
 
 # ---------------------------------------------------------------- server
 
+GATEWAY_MAX_DURATION_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayPort:
+    """A port that serves one model to the Shepherd Model Gateway; `listen` is HOST:PORT."""
+
+    model: str
+    listen: str
+    # The gateway sends no deadline: so long after it came, a generation ends.
+    max_duration_s: float = GATEWAY_MAX_DURATION_S
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:

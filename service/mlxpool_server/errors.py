@@ -97,6 +97,30 @@ class MalformedCallError(ValueError):
         self.problem = problem
 
 
+class GenerationCancelledError(MlxpoolError):
+    """For a caller whose protocol has no finish reason for it."""
+
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(f"the generation {generation_id!r} was cancelled")
+        self.generation_id = generation_id
+
+
+class GenerationTooLateError(MlxpoolError, TimeoutError):
+    """Its time was over before its first token."""
+
+    def __init__(self, max_duration_s: float) -> None:
+        super().__init__(f"no token came in the {max_duration_s:g} s that a generation may last")
+        self.max_duration_s = max_duration_s
+
+
+class GenerationInterruptedError(MlxpoolError):
+    """It ended in the middle, by what would have been worth a retry before its first token."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"interrupted after its first token: {problem}")
+        self.problem = problem
+
+
 class PoolMemoryLimitError(MlxpoolError, MemoryError):
     """`available_bytes` is what the pool could free at most for this request."""
 

@@ -74,6 +74,10 @@ class Server:
         assert events[-1].finished.finish_reason == pb.FINISH_REASON_STOP
         assert text_of(events) == "still here"
 
+    def events(self, event: str) -> list[Mapping[str, Any]]:
+        """The log lines of this event so far."""
+        return [entry for entry in self.logs.entries if entry["event"] == event]
+
     async def log_line(self, method: str) -> Mapping[str, Any]:
         """The one line of the call to `method`; it is written shortly after the call ended."""
         lines = await self._log_lines(method)

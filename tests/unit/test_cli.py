@@ -272,6 +272,13 @@ def test_check_without_models_says_what_is_served(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "demo: the demo model, since no model is configured\n"
 
 
+def test_check_looks_at_the_gateways_models(capsys: pytest.CaptureFixture[str]) -> None:
+    """A port for a model that is not served is found before the start, the demo model's is fine."""
+    assert cli.main(["--check", "--gateway", "demo=127.0.0.1:0"]) == 0
+    assert cli.main(["--check", "--gateway", "other=127.0.0.1:0"]) == 78
+    assert "no model named 'other'; this server has demo" in capsys.readouterr().err
+
+
 def test_the_package_runs_as_a_module() -> None:
     """`python -m mlxpool_server` is `mlxpool serve`, exit codes included."""
     command = [sys.executable, "-m", "mlxpool_server", "--max-batch-size", "0"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlxpool_server.domain import GatewayPort
 from mlxpool_server.errors import SettingsError
 from mlxpool_server.settings import Settings, check_exposure, reachable_addresses
 
@@ -33,6 +34,15 @@ def test_plaintext_where_others_can_reach_it(address: str) -> None:
     assert message.startswith(f"listen {address}: ")
     assert "tls_certificate" in message
     assert "--allow-plaintext" in message
+
+
+def test_a_plaintext_gateway_port_where_others_can_reach_it() -> None:
+    """Is refused like plaintext calls, and allowed by the same settings."""
+    ports = (GatewayPort("m", "0.0.0.0:1"),)
+    with pytest.raises(SettingsError, match=r"^gateway 0\.0\.0\.0:1: "):
+        check_exposure(Settings(gateway=ports))
+    check_exposure(Settings(gateway=ports, allow_plaintext=True))
+    check_exposure(Settings(gateway=ports, **TLS))
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "gpu-box:1"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mlxpool_server.domain import HubSource, Layout, ModelSpec
+from mlxpool_server.domain import GatewayPort, HubSource, Layout, ModelSpec
 from mlxpool_server.errors import SettingsError
 from mlxpool_server.settings import (
     Settings,
@@ -44,7 +44,7 @@ def _load(source: str, name: str, text: str, config_file: Path) -> Settings:
         case "environment":
             return load_settings(None, {}, {f"MLXPOOL_{name.upper()}": text})
         case _:
-            is_list = name in {"listen", "models"}
+            is_list = name in {"listen", "models", "gateway"}
             return load_settings(None, {name: [text] if is_list else text}, {})
 
 
@@ -270,6 +270,54 @@ def test_variables_that_are_no_settings_are_left_alone(variable: str) -> None:
     assert load_settings(None, {}, {variable: "tcp://10.0.0.1:50051"}) == Settings()
 
 
+# ---------------------------------------------------------------- ports for the gateway
+
+
+@pytest.mark.parametrize("source", ["environment", "flag"])
+def test_gateway_ports_as_one_word(source: str, config_file: Path) -> None:
+    """MODEL=HOST:PORT, in the environment and as a flag; a model's name may hold `=`-free signs."""
+    settings = _load(source, "gateway", "org/m:4bit=[::1]:20000", config_file)
+    assert settings.gateway == (GatewayPort("org/m:4bit", "[::1]:20000"),)
+
+
+def test_gateway_ports_as_tables(config_file: Path) -> None:
+    """`[[gateway]]` tables, with a time limit of their own."""
+    config_file.write_text(
+        '[[gateway]]\nmodel = "a"\nlisten = "127.0.0.1:1"\n'
+        '[[gateway]]\nmodel = "b"\nlisten = "127.0.0.1:2"\nmax_duration_s = 30\n'
+    )
+    assert load_settings(config_file, {}, {}).gateway == (
+        GatewayPort("a", "127.0.0.1:1"),
+        GatewayPort("b", "127.0.0.1:2", 30.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ('model = "a"', "has no listen; add listen"),
+        ('model = "a"\nlisten = "unix:/run/a.sock"', "no TCP address; write HOST:PORT"),
+        ('model = "a"\nlisten = "here:1"\nmax_duration_s = 0', "greater than 0"),
+        ('model = "a"\nlisen = "here:1"\nlisten = "here:1"', "lisen: no such key; did you mean"),
+        ('listen = "here:1"\nmodel = "a"\nlog_level = "info"', "above the first [[gateway]]"),
+    ],
+)
+def test_a_wrong_gateway_table(table: str, problem: str, config_file: Path) -> None:
+    """The error names the table and the remedy."""
+    message = _problem(f"[[gateway]]\n{table}\n", config_file)
+    assert message.startswith(f"[[gateway]] number 1 (file {config_file}): ")
+    assert problem in message
+
+
+@pytest.mark.parametrize("text", ["demo", "=127.0.0.1:1", "demo=", "demo=unix:/x", "demo=here"])
+def test_a_wrong_gateway_flag(text: str) -> None:
+    """The error quotes it and says what to write."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, {"gateway": [text]}, {})
+    assert str(caught.value).startswith(f"gateway '{text}' (flag --gateway): ")
+    assert "HOST:PORT" in str(caught.value)
+
+
 # ---------------------------------------------------------------- the file
 
 
@@ -424,7 +472,8 @@ def test_the_example_config_is_valid_and_complete() -> None:
     assert load_settings(example, {}, {}) == Settings()
     lines = [line.removeprefix("# ") for line in example.read_text().splitlines()]
     for row in describe_settings():
-        prefixes = (f"{row.name} = ", "[[models]]" if row.name == "models" else f"{row.name} = ")
+        is_table = row.name in {"models", "gateway"}
+        prefixes = f"[[{row.name}]]" if is_table else f"{row.name} = "
         assert any(line.startswith(prefixes) for line in lines), row.name
 
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.process_collector import ProcessCollector
 
 from mlxpool_server.domain import DeviceInfo, GenerationFinished
-from mlxpool_server.rpc.observer import EndedCall
+from mlxpool_server.rpc.observer import GENERATE, EndedCall
 
 # Those of OpenTelemetry's GenAI conventions, and longer ones where queues and loads need them.
 TIME_TO_FIRST_TOKEN_S = (
@@ -23,7 +23,6 @@ DURATION_S = (
 WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 LOAD_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
-_GENERATE = "mlxpool.v1.ModelService/Generate"
 _MODEL = ("model",)
 
 
@@ -167,7 +166,7 @@ class Instruments:
 
     def call_ended(self, call: EndedCall) -> None:
         self._rpc_duration.labels(call.method, call.status).observe(call.duration_s)
-        if call.method != _GENERATE:
+        if call.method not in GENERATE:
             return
         model = self._canonical_name(str(call.facts.get("model", "")))
         self._requests.labels(model, call.status, call.reason).inc()

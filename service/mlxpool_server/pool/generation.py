@@ -86,6 +86,15 @@ class Generations:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    @property
+    def max_in_flight(self) -> int:
+        """Of one model, running and waiting together; further ones are refused."""
+        return self._limits.max_in_flight
+
+    def most_prompt_tokens(self, info: ModelInfo) -> int:
+        """No longer prompt is taken."""
+        return self._limits.most_prompt_tokens(info) or info.context_length
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield started → {progress | delta}* → finished. Closing the iterator frees its slot.
 

@@ -273,6 +273,15 @@ class ModelPool:
         """Start loading what the catalogue marks so; failures are logged, not raised."""
         self._preload(self._entries.values())
 
+    def ensure_loading(self, name: str) -> None:
+        """Start its load unless it is in memory or on its way; a failure is logged, not raised.
+
+        Raises: ModelNotFoundError.
+        """
+        entry = self._entries.resolve(name)
+        if entry.residency is None:
+            self.start_load(entry)
+
     def set_catalog(self, catalog: Catalog, default_keep_alive_s: float) -> None:
         """Serve these models from now on; what runs on one that is gone ends in peace."""
         added = self._entries.set_catalog(catalog, default_keep_alive_s, self._unloads)

@@ -8,6 +8,9 @@ from typing import Protocol
 
 from mlxpool_server.domain import GenerationFinished
 
+# The methods that generate, as EndedCall names them.
+GENERATE = frozenset({"mlxpool.v1.ModelService/Generate", "mlx.grpc.engine.MlxEngine/Generate"})
+
 
 @dataclass(frozen=True, slots=True)
 class EndedCall:

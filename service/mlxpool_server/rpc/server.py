@@ -55,7 +55,7 @@ def build_server(
             # A line for each probe of the health would drown the others.
             AroundInterceptor(gate, own=own, standard=[errors_to_status])
         ],
-        options=_options(max_message_bytes),
+        options=channel_options(max_message_bytes),
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, server)
     memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(memory_service, server)
@@ -101,7 +101,8 @@ def _is_served_socket(address: str) -> bool:
         return probe.connect_ex(path) == 0
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """How every port of ours treats its connections."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),

@@ -117,6 +117,12 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
             return RpcStatus(code.ABORTED, "LOAD_SUPERSEDED", message)
         case errors.ModelUnloadedError():
             return RpcStatus(code.ABORTED, "MODEL_UNLOADED", message)
+        case errors.GenerationCancelledError():
+            return RpcStatus(code.CANCELLED, "GENERATION_CANCELLED", message)
+        case errors.GenerationTooLateError():
+            return RpcStatus(code.DEADLINE_EXCEEDED, "GENERATION_TOO_LATE", message)
+        case errors.GenerationInterruptedError():
+            return RpcStatus(code.ABORTED, "GENERATION_INTERRUPTED", message)
         case errors.QueueFullError(retry_after_s=wait_s):
             return _try_again(code.UNAVAILABLE, "QUEUE_FULL", message, wait_s)
         case errors.DrainingError(retry_after_s=wait_s):

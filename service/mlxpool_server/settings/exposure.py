@@ -36,6 +36,7 @@ def check_exposure(settings: Settings) -> None:
 def reachable_addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
     """Setting and address of each that is neither loopback nor a unix socket."""
     all_addresses = [("listen", address) for address in settings.listen]
+    all_addresses += [("gateway", port.listen) for port in settings.gateway]
     if settings.metrics_listen is not None:
         all_addresses.append(("metrics_listen", settings.metrics_listen))
     return tuple(each for each in all_addresses if not _is_local(each[1]))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
-from mlxpool_server.domain import Layout, ModelSpec
+from mlxpool_server.domain import GatewayPort, Layout, ModelSpec
 from mlxpool_server.settings.quantities import parse_bytes, parse_keep_alive, reject_bool
 
 _HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -53,6 +53,7 @@ def _http_url(text: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
 Count = Annotated[int, BeforeValidator(reject_bool), Field(ge=1)]
 # MLX and gRPC take sizes as 64-bit integers.
 Size = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=2**63 - 1)]
@@ -124,6 +125,14 @@ class Settings(BaseModel):
         examples=["NAME=ORG/REPO"],
         description="Models by name: `NAME=PATH` or `NAME=ORG/REPO[@REVISION]` (a hub id); "
         "`[[models]]` tables in the file. The flag can be repeated.",
+    )
+    gateway: tuple[InstanceOf[GatewayPort], ...] = Field(
+        default=(),
+        title="model=address",
+        examples=["demo=127.0.0.1:20000"],
+        description="Ports for the Shepherd Model Gateway, one a model: `MODEL=HOST:PORT`; "
+        "`[[gateway]]` tables in the file (docs/scaling.md); needs the extra `gateway`. The flag "
+        "can be repeated.",
     )
     pool_memory_limit_bytes: Size | None = Field(
         default=None,
@@ -234,7 +243,7 @@ class Settings(BaseModel):
         title="seconds",
         description="How long streams may finish after the first SIGTERM or SIGINT.",
     )
-    metrics_listen: Annotated[str, AfterValidator(_tcp_address)] | None = Field(
+    metrics_listen: TcpAddress | None = Field(
         default=None,
         title="address",
         examples=["127.0.0.1:9464"],

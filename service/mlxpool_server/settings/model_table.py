@@ -31,7 +31,7 @@ class ModelTable(BaseModel):
     keep_alive_s: Annotated[float | None, BeforeValidator(parse_keep_alive)] = None
     layout: Layout = Layout.AUTO
 
-    def spec(self, folder: Path) -> ModelSpec:
+    def domain_value(self, folder: Path) -> ModelSpec:
         """Return the domain's value; a relative path starts from `folder`.
 
         Raises: ValueError, whose text ends with the remedy.

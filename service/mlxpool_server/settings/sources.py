@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mlxpool_server.domain import ModelSpec
+from mlxpool_server.domain import GatewayPort, ModelSpec
 from mlxpool_server.errors import SettingsError
 from mlxpool_server.settings.fields import Settings
+from mlxpool_server.settings.gateway_table import GatewayTable, parse_gateway_flag
 from mlxpool_server.settings.model_table import ModelTable, anchored_path, parse_model_flag
 from mlxpool_server.settings.reference import describe_settings, flag_of, variable_of
 
@@ -31,7 +32,7 @@ _OTHERS = (
     "TARGET", "API_KEY", "TLS", "CA", "CLIENT_CERT", "CLIENT_KEY",
 )  # fmt: skip
 _OTHER_VARIABLES = frozenset(f"{_PREFIX}{name}" for name in _OTHERS)
-_LISTS = frozenset({"listen", "models"})
+_LISTS = frozenset({"listen", "models", "gateway"})
 _PATHS = frozenset(
     {
         "models_dir", "blas_library",
@@ -139,8 +140,9 @@ def _prepared(name: str, given: _Given) -> object:
             return tuple(_anchored_address(address, given) for address in value)
     except ValueError as error:
         raise SettingsError(f"{name} ({given.origin}): {error}") from None
-    if name == "models" and isinstance(value, list | tuple):
-        return tuple(_model(entry, number, given) for number, entry in enumerate(value, start=1))
+    if name in _TABLES and isinstance(value, list | tuple):
+        table = _TABLES[name]
+        return tuple(_entry(table, each, number, given) for number, each in enumerate(value, 1))
     return value
 
 
@@ -154,19 +156,37 @@ def _anchored_address(address: object, given: _Given) -> object:
     return f"unix:{anchored_path(path, given.folder)}"
 
 
-def _model(entry: object, number: int, given: _Given) -> ModelSpec:
-    if isinstance(entry, ModelSpec):
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A setting whose entries are tables in the file and one word each elsewhere."""
+
+    name: str
+    value: type
+    table: type[ModelTable | GatewayTable]
+    from_flag: Callable[[str, Path], object]
+
+
+_TABLES = {
+    "models": _Table("models", ModelSpec, ModelTable, parse_model_flag),
+    "gateway": _Table(
+        "gateway", GatewayPort, GatewayTable, lambda text, _: parse_gateway_flag(text)
+    ),
+}
+
+
+def _entry(table: _Table, entry: object, number: int, given: _Given) -> object:
+    if isinstance(entry, table.value):
         return entry
     if isinstance(entry, str):
-        where = f"models {_echo(entry)} ({given.origin})"
+        where = f"{table.name} {_echo(entry)} ({given.origin})"
     else:
-        where = f"[[models]] number {number} ({given.origin})"
+        where = f"[[{table.name}]] number {number} ({given.origin})"
     try:
         if isinstance(entry, str):
-            return parse_model_flag(entry, given.folder)
-        return ModelTable.model_validate(entry).spec(given.folder)
+            return table.from_flag(entry, given.folder)
+        return table.table.model_validate(entry).domain_value(given.folder)
     except ValidationError as error:
-        raise SettingsError(f"{where}: {_table_problem(error)}") from None
+        raise SettingsError(f"{where}: {_table_problem(table, error)}") from None
     except ValueError as error:
         raise SettingsError(f"{where}: {error}") from None
 
@@ -185,7 +205,7 @@ def _invalid(error: ValidationError, given: Mapping[str, _Given]) -> SettingsErr
     return SettingsError(f"{text}; write a value such as {row.example}")
 
 
-def _table_problem(error: ValidationError) -> str:
+def _table_problem(table: _Table, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -193,8 +213,8 @@ def _table_problem(error: ValidationError) -> str:
     if first["type"] != "extra_forbidden":
         return f"{key or 'the table'} = {_echo(first['input'])}: {_sentence(first)}"
     if key in Settings.model_fields:
-        return f"{key} is a setting of the server; move it above the first [[models]]"
-    return f"{_key(key)}: no such key; {_did_you_mean(key, ModelTable.model_fields)}"
+        return f"{key} is a setting of the server; move it above the first [[{table.name}]]"
+    return f"{_key(key)}: no such key; {_did_you_mean(key, table.table.model_fields)}"
 
 
 def _sentence(detail: ErrorDetails) -> str:

@@ -10,13 +10,12 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.util.types import AttributeValue
 
 from mlxpool_server.domain import GenerationFinished, GenerationTimings
-from mlxpool_server.rpc.observer import EndedCall
+from mlxpool_server.rpc.observer import GENERATE, EndedCall
 
 # What is the server's fault, by OpenTelemetry's rules for gRPC servers; the others are callers'.
 _SERVER_ERRORS = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-_GENERATE = "mlxpool.v1.ModelService/Generate"
 _NS = 1_000_000_000
 
 
@@ -73,7 +72,7 @@ def _attributes(call: EndedCall) -> Iterator[tuple[str, AttributeValue]]:
     yield "rpc.response.status_code", call.status
     if call.reason:
         yield "error.type", call.reason
-    if call.method != _GENERATE:
+    if call.method not in GENERATE:
         return
     yield "gen_ai.operation.name", "text_completion"
     yield "gen_ai.provider.name", "mlxpool"

@@ -8,6 +8,7 @@ import pytest
 from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from smg_grpc_proto import mlx_engine_pb2
 
 from mlxpool.v1 import memory_service_pb2, model_service_pb2
 from mlxpool_server.errors import (
@@ -21,12 +22,14 @@ from mlxpool_server.rpc.access import roles
 from mlxpool_server.rpc.access.gate import Gate, Metadata
 from mlxpool_server.rpc.access.keys import KeyRing, hash_of
 from mlxpool_server.rpc.access.roles import Role, roles_for
+from mlxpool_server.rpc.interceptors.wrap import OWN_PREFIXES
 
 GENERATE = "/mlxpool.v1.ModelService/Generate"
 HEALTH = "/grpc.health.v1.Health/Check"
 ADMIN, INFERENCE, OBSERVER = Role.ADMIN, Role.INFERENCE, Role.OBSERVER
 FILES = (
-    model_service_pb2, memory_service_pb2, health_pb2, reflection_pb2, channelz_pb2,
+    model_service_pb2, memory_service_pb2, mlx_engine_pb2, health_pb2, reflection_pb2,
+    channelz_pb2,
 )  # fmt: skip
 METHODS = {
     f"/{service.full_name}/{method.name}"
@@ -85,7 +88,7 @@ def limited(file: Path, clock: Clock, limits: str) -> Gate:
 
 def test_every_method_is_in_the_table() -> None:
     """A new RPC is given its roles together with its name."""
-    named = {method for method in METHODS if method.startswith("/mlxpool.")}
+    named = {method for method in METHODS if method.startswith(OWN_PREFIXES)}
     assert set(roles._METHODS) == named
     services = {method[: method.rfind("/") + 1] for method in METHODS - named}
     assert set(roles._SERVICES) == services

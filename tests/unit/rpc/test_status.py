@@ -69,6 +69,15 @@ EXAMPLES: dict[type[errors.MlxpoolError], tuple[errors.MlxpoolError, CODE, str]]
     errors.GenerationFailedError: (
         errors.GenerationFailedError(LONG), CODE.INTERNAL, "GENERATION_FAILED",
     ),
+    errors.GenerationCancelledError: (
+        errors.GenerationCancelledError(LONG), CODE.CANCELLED, "GENERATION_CANCELLED",
+    ),
+    errors.GenerationTooLateError: (
+        errors.GenerationTooLateError(60.0), CODE.DEADLINE_EXCEEDED, "GENERATION_TOO_LATE",
+    ),
+    errors.GenerationInterruptedError: (
+        errors.GenerationInterruptedError(LONG), CODE.ABORTED, "GENERATION_INTERRUPTED",
+    ),
     errors.QueueFullError: (errors.QueueFullError(3, 1.5), CODE.UNAVAILABLE, "QUEUE_FULL"),
     errors.DrainingError: (errors.DrainingError(1.5), CODE.UNAVAILABLE, "DRAINING"),
     errors.QueueTimeoutError: (

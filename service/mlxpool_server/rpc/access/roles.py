@@ -20,6 +20,7 @@ _READERS = frozenset({Role.OBSERVER, Role.ADMIN})
 _ADMINS = frozenset({Role.ADMIN})
 
 _MODELS, _MEMORY = "/mlxpool.v1.ModelService/", "/mlxpool.v1.MemoryService/"
+_GATEWAY = "/mlx.grpc.engine.MlxEngine/"
 HEALTH = "/grpc.health.v1.Health/"
 # No RPC: the path that scrapers ask for.
 METRICS = "/metrics"
@@ -40,6 +41,12 @@ _METHODS: dict[str, frozenset[Role]] = {
     f"{_MEMORY}SetMemoryLimits": _ADMINS,
     f"{_MEMORY}ClearCache": _ADMINS,
     f"{_MEMORY}ResetPeakMemory": _ADMINS,
+    f"{_GATEWAY}Generate": _USERS,
+    f"{_GATEWAY}Abort": _USERS,
+    f"{_GATEWAY}GetTokenizer": _USERS,
+    f"{_GATEWAY}GetModelInfo": ANY,
+    f"{_GATEWAY}GetServerInfo": ANY,
+    f"{_GATEWAY}HealthCheck": ANY,
 }
 _SERVICES: dict[str, frozenset[Role]] = {
     HEALTH: ANY,

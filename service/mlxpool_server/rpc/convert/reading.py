@@ -24,7 +24,11 @@ def number(
     name = path.rpartition(".")[2]
     if not message.HasField(name):
         return default
-    value = float(getattr(message, name))
+    return in_range(float(getattr(message, name)), path, low=low, high=high, open_low=open_low)
+
+
+def in_range(value: float, path: str, *, low: float, high: float, open_low: bool = False) -> float:
+    """Return it. Raises: InvalidFieldError outside the range, and for what is no number."""
     above = value > low if open_low else value >= low
     if not (math.isfinite(value) and above and value <= high):
         bracket = "(" if open_low else "["

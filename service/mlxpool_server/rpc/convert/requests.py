@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -73,11 +74,7 @@ def generation_request(
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
     refuse(request, "", "adapter")
-    generation_id = request.generation_id
-    if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
-        raise InvalidFieldError(
-            "generation_id", f"has to be at most {MAX_GENERATION_ID_CHARS} printable characters"
-        )
+    check_generation_id(request.generation_id, "generation_id")
     constraint = output_constraint(request)
     asked = prompt(request.prompt)
     chat = asked if isinstance(asked, ChatPrompt) else None
@@ -98,13 +95,40 @@ def generation_request(
         stop=_stop(request.stop, limits),
         output=_output(request.output),
         constraint=constraint,
-        generation_id=generation_id,
+        generation_id=request.generation_id,
         priority=choice(request.priority, PRIORITIES, "priority"),
         keep_alive_s=_keep_alive(request),
         require_loaded=request.require_loaded,
         deadline_s=deadline_s,
         owner=owner,
     )
+
+
+def check_generation_id(generation_id: str, path: str) -> None:
+    """Raises: InvalidFieldError."""
+    if len(generation_id) > MAX_GENERATION_ID_CHARS or not generation_id.isprintable():
+        raise InvalidFieldError(
+            path, f"has to be at most {MAX_GENERATION_ID_CHARS} printable characters"
+        )
+
+
+def logit_bias(biases: Mapping[int, float], path: str) -> dict[int, float]:
+    """Raises: InvalidFieldError for too many or too large ones."""
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise InvalidFieldError(path, f"has more than {MAX_LOGIT_BIASES} entries")
+    for token_id, bias in biases.items():
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise InvalidFieldError(
+                path, f"is {bias:g} for token {token_id}; it has to be in [-100, 100]"
+            )
+    return dict(biases)
+
+
+def stop_token_ids(token_ids: Collection[int], path: str) -> frozenset[int]:
+    """Raises: InvalidFieldError for too many."""
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidFieldError(path, f"has more than {MAX_STOP_TOKEN_IDS} entries")
+    return frozenset(token_ids)
 
 
 def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
@@ -188,14 +212,6 @@ def _keep_alive(request: pb.GenerateRequest | pb.LoadModelRequest) -> float | No
 def _sampling(sampling: pb.SamplingParams) -> SamplingParams:
     base = SamplingParams()
     path = "sampling."
-    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
-        raise InvalidFieldError(f"{path}logit_bias", f"has more than {MAX_LOGIT_BIASES} entries")
-    for token_id, bias in sampling.logit_bias.items():
-        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
-            raise InvalidFieldError(
-                f"{path}logit_bias",
-                f"is {bias:g} for token {token_id}; it has to be in [-100, 100]",
-            )
 
     def read(name: str, low: float, high: float, *, open_low: bool = False) -> float:
         return number(
@@ -215,7 +231,7 @@ def _sampling(sampling: pb.SamplingParams) -> SamplingParams:
         ),
         xtc_probability=read("xtc_probability", 0, 1),
         xtc_threshold=read("xtc_threshold", 0, 0.5),
-        logit_bias=dict(sampling.logit_bias),
+        logit_bias=logit_bias(sampling.logit_bias, f"{path}logit_bias"),
         seed=sampling.seed if sampling.HasField("seed") else None,
     )
 
@@ -246,8 +262,6 @@ def _stop(stop: pb.StopConditions, limits: RequestLimits) -> StopConditions:
                 f"has an entry of {len(sequence)} characters; "
                 f"1 to {limits.max_stop_sequence_chars} are allowed",
             )
-    if len(stop.token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidFieldError("stop.token_ids", f"has more than {MAX_STOP_TOKEN_IDS} entries")
     max_duration_s = None
     if stop.HasField("max_duration"):
         max_duration_s = seconds(stop.max_duration, "stop.max_duration")
@@ -257,7 +271,7 @@ def _stop(stop: pb.StopConditions, limits: RequestLimits) -> StopConditions:
         max_tokens=count(stop, "stop.max_tokens", None, low=1),
         max_reasoning_tokens=count(stop, "stop.max_reasoning_tokens", None, low=0),
         sequences=tuple(stop.sequences),
-        token_ids=frozenset(stop.token_ids),
+        token_ids=stop_token_ids(stop.token_ids, "stop.token_ids"),
         ignore_eos=stop.ignore_eos,
         max_duration_s=max_duration_s,
     )

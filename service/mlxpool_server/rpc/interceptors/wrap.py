@@ -16,7 +16,9 @@ from mlxpool_server.rpc import call_log
 from mlxpool_server.rpc.access import caller
 from mlxpool_server.rpc.access.gate import Gate, Pass
 
-OWN_PREFIX = "/mlxpool."
+OWN_PREFIXES = ("/mlxpool.", "/mlx.grpc.engine.")
+# Asked all the time, as grpc.health.v1 is.
+PROBES = frozenset({"/mlx.grpc.engine.MlxEngine/HealthCheck"})
 
 Context = aio.ServicerContext[Any, Any]
 Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
@@ -27,7 +29,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class AroundInterceptor(aio.ServerInterceptor):
     """Runs each handler inside every `around(method, context)`, the first one outermost.
 
-    `own` are for our services, `standard` for health, reflection and channelz.
+    `own` are for what we serve, `standard` for health, reflection and channelz.
     """
 
     def __init__(self, gate: Gate, *, own: Sequence[Around], standard: Sequence[Around]) -> None:
@@ -49,7 +51,7 @@ class AroundInterceptor(aio.ServerInterceptor):
         except MlxpoolError as error:
             # Whatever the method's kind: such a handler reads no request from a stranger.
             return grpc.stream_stream_rpc_method_handler(_refusal(error, _Call(method, self._own)))
-        is_own = method.startswith(OWN_PREFIX)
+        is_own = method.startswith(OWN_PREFIXES) and method not in PROBES
         call = _Call(method, self._own if is_own else self._standard, admitted)
         formats = {
             "request_deserializer": _Reader(handler.request_deserializer),
