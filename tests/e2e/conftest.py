@@ -12,6 +12,7 @@ import pytest
 
 from e2e.server_process import ROOT, ServerProcess
 from mlxpool_server.mlx_backend.demo_model import ensure_demo_model
+from replicas.fleet import SMG
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,16 @@ def grpcurl() -> str:
             pytest.fail(how)
         pytest.skip(how)
     return found
+
+
+@pytest.fixture(scope="session")
+def smg() -> None:
+    """Skips where the Shepherd Model Gateway is not installed."""
+    if not SMG.exists():
+        how = "no gateway; scripts/install-smg installs it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(how)
+        pytest.skip(how)
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ from rpc.harness import (
 class Worker:
     """One running App, and a channel to its port for the gateway."""
 
-    def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
+    def __init__(self, server: Server, address: str, channel: grpc.aio.Channel) -> None:
         self.server = server
+        self.address = address
         self.channel = channel
         self.stub = pb_grpc.MlxEngineStub(channel)
 
@@ -58,7 +59,7 @@ async def running_worker(
     ) as server:
         (listening,) = server.events("gateway.listening")
         async with open_channel(listening["address"], credentials) as channel:
-            worker = Worker(server, channel)
+            worker = Worker(server, listening["address"], channel)
             if is_ready:
                 await until(lambda: bool(server.events("model.loaded")))
             yield worker
