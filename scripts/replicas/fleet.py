@@ -21,6 +21,8 @@ SMG = ROOT / ".tools" / "smg" / "bin" / "smg"
 HTTP_TIMEOUT_S = 5.0
 # The gateway looks at the model hub before it asks a worker for the tokenizer: not here.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+# They share this machine's cores, and OpenBLAS's threads wait busily for each other.
+WORKER_FLAGS = ("--blas-threads", "1")
 # As often as it can, so that nobody waits for it.
 SECONDLY = ("--worker-startup-check-interval", "1", "--health-check-interval-secs", "1")
 
@@ -73,7 +75,7 @@ def running_fleet(
     logs: Path,
     *,
     num_workers: int = 2,
-    worker_flags: Sequence[str] = (),
+    worker_flags: Sequence[str] = WORKER_FLAGS,
     gateway_flags: Sequence[str] = SECONDLY,
 ) -> Iterator[Fleet]:
     """Serve `folder` as `model` by each worker. Raises: TargetError when something stays down."""

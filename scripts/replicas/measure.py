@@ -19,7 +19,7 @@ from replicas.fleet import Fleet, Worker, running_fleet
 
 MODEL = "demo"
 # About a thousand tokens: three a word and digit.
-SHARED = " ".join(f"word{number}" for number in range(250))
+SHARED = " ".join(f"word{number}" for number in range(290))
 NUM_STREAMS = 4
 STREAM_TOKENS = 60
 NUM_LATER = 10
