@@ -52,6 +52,14 @@ class HubSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KvQuantization:
+    """How keys and values are rounded: `group_size` neighbours share a scale and a bias."""
+
+    bits: int
+    group_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One catalogue entry: what an operator allows to be loaded, and how."""
 
@@ -63,6 +71,13 @@ class ModelSpec:
     # None: the server's default. math.inf: never expires.
     keep_alive_s: float | None = None
     layout: Layout = Layout.AUTO
+    # None: keys and values are kept as the model computes them.
+    kv_quantization: KvQuantization | None = None
+
+    def is_held_as(self, other: ModelSpec) -> bool:
+        """Whether what is in memory for the one serves the other."""
+        mine = self.source, self.layout, self.kv_quantization
+        return mine == (other.source, other.layout, other.kv_quantization)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 from fakes import FakeFiles, FakeModel
 from mlxpool.v1 import memory_service_pb2 as memory_pb
 from mlxpool.v1 import model_service_pb2 as pb
-from mlxpool_server.domain import ModelSpec
+from mlxpool_server.domain import KvQuantization, Layout, ModelSpec
 from mlxpool_server.errors import MemoryInUseError, SettingsError
 from mlxpool_server.pool.catalog import Catalog
 from mlxpool_server.reload import Reloads
@@ -132,6 +132,19 @@ async def test_other_files_are_loaded_anew() -> None:
         await server.assert_serves()
         assert files["m"].num_loads == 2
         assert files["m"].num_tokenizer_reads == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"layout": Layout.FLOAT16}, {"kv_quantization": KvQuantization(8)}]
+)
+async def test_another_form_in_memory_is_loaded_anew(change: dict[str, Any]) -> None:
+    """The weights' layout or the KV cache's bits: what is in memory has the old ones."""
+    files = {"m": FakeFiles()}
+    async with running_server(files) as server:
+        await server.assert_serves()
+        await reload(server, spec("m", **change))
+        await server.assert_serves()
+        assert files["m"].num_loads == 2
 
 
 async def test_an_unchanged_catalogue_leaves_models_alone() -> None:

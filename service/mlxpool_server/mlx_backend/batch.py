@@ -10,9 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
-from mlxpool_server.domain import SamplingParams
+from mlxpool_server.domain import KvQuantization, SamplingParams
 from mlxpool_server.engine.backend import Guide, StepOutput
 from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
@@ -22,11 +21,11 @@ from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.mask_maker import MaskMaker
 from mlxpool_server.mlx_backend.masked_sampling import MaskedSampler, masked_on_host
 from mlxpool_server.mlx_backend.memory import device_kind
+from mlxpool_server.mlx_backend.model_caches import lone_caches, new_caches
 from mlxpool_server.mlx_backend.prefill import Prefill
 from mlxpool_server.mlx_backend.prefill_pace import PrefillPace
 from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
 from mlxpool_server.mlx_backend.row import Row
-from mlxpool_server.mlx_backend.row_cache import new_caches
 from mlxpool_server.mlx_backend.sampling import host
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 from mlxpool_server.mlx_backend.scoring import Scoring, told_scores
@@ -49,6 +48,7 @@ class MlxBatch:
         vocab_size: int,
         is_batchable: bool,
         prefill_tokens: int,
+        kv_quantization: KvQuantization | None = None,
         threads: ThreadTuner | None = None,
     ) -> None:
         """`prefill_tokens`: the most prompt tokens of one pass, all rows and padding together.
@@ -58,6 +58,7 @@ class MlxBatch:
         self._model = model
         self._vocab_size = vocab_size
         self._is_batchable = is_batchable
+        self._kv_quantization = kv_quantization
         self._pace = PrefillPace(prefill_tokens)
         self._threads = threads
         # A step's duration says something only if the one before was alike.
@@ -268,13 +269,13 @@ class MlxBatch:
     def _new_prefill(self, rows: list[Row]) -> Prefill:
         model = self._model.model
         if not self._is_batchable:
-            return Prefill(rows, make_prompt_cache(model))
+            return Prefill(rows, lone_caches(model, self._kv_quantization))
         if len(rows) > 1:
-            return Prefill(rows, new_caches(model, len(rows)))
+            return Prefill(rows, new_caches(model, len(rows), self._kv_quantization))
         (row,) = rows
         row.num_cached, caches = self._prefixes.find(row.prompt)
         row.num_done = row.num_cached
-        return Prefill(rows, caches or new_caches(model, 1))
+        return Prefill(rows, caches or new_caches(model, 1, self._kv_quantization))
 
     def _sample_first(self, rows: Sequence[Row], logits: mx.array) -> None:
         sampled = [row.sampled for row in rows]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from mlxpool_server.domain import Footprint
+from mlxpool_server.domain import Footprint, KvQuantization
 
 # How many activations of each width are alive at the peak of a layer, measured with margin: a
 # 512-token chunk of the demo model takes 61 KiB a token where this says 80.
@@ -20,11 +20,17 @@ LOGITS_COPIES = 4
 MAX_LAYERS = 1000
 
 
-def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: bool) -> Footprint:
+def read_footprint(
+    config: dict[str, Any],
+    dtype: mx.Dtype | None,
+    *,
+    fused: bool,
+    kv_quantization: KvQuantization | None = None,
+) -> Footprint:
     """Build the model lazily, run it lazily on one token, and read its caches' shapes.
 
     `dtype` None: the dtype the weights are stored in. `fused`: attention scores are never written
-    to memory (Metal and CUDA; the CPU writes them).
+    to memory (Metal and CUDA; the CPU writes them, and so does who reads quantised keys).
     Raises: what the model's code raises on a config it cannot take.
     """
     if _read(config, "num_hidden_layers") > MAX_LAYERS:
@@ -42,7 +48,7 @@ def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: boo
         if keys is None:
             states.append(int(cache.nbytes))
             continue
-        bytes_per_token = (keys.nbytes + cache.values.nbytes) // keys.shape[2]
+        bytes_per_token = _held_bytes(cache, kv_quantization) // keys.shape[2]
         window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
         if window is None:
             per_token += bytes_per_token
@@ -55,9 +61,20 @@ def read_footprint(config: dict[str, Any], dtype: mx.Dtype | None, *, fused: boo
         state_bytes=sum(states),
         # A recurrent layer's scan keeps a state for each token.
         activation_bytes_per_token=_activation_bytes(config, dtype.size) + max(states, default=0),
-        score_bytes=0 if fused else SCORE_COPIES * num_heads * dtype.size,
+        score_bytes=0
+        if fused and kv_quantization is None
+        else SCORE_COPIES * num_heads * dtype.size,
         logits_bytes=LOGITS_COPIES * _read(config, "vocab_size") * 4,
     )
+
+
+def _held_bytes(cache: Any, quantization: KvQuantization | None) -> int:
+    """Of the keys and values that are in it."""
+    arrays = [cache.keys, cache.values]
+    if quantization is not None and type(cache) is KVCache:
+        bits, group_size = quantization.bits, quantization.group_size
+        arrays = [part for array in arrays for part in mx.quantize(array, group_size, bits)]
+    return sum(array.nbytes for array in arrays)
 
 
 def _leaves(caches: list[Any]) -> list[Any]:

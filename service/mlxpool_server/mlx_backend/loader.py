@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model
 from mlxpool_server.domain import (
     Footprint,
     HubSource,
+    KvQuantization,
     Layout,
     LoadPhase,
     LoadProgress,
@@ -41,6 +42,7 @@ from mlxpool_server.mlx_backend.kernel_folder import keep_kernels
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
+from mlxpool_server.mlx_backend.model_caches import batch_problem, check_kv_quantization
 from mlxpool_server.mlx_backend.model_config import (
     check_quantization,
     class_names_of,
@@ -60,7 +62,6 @@ from mlxpool_server.mlx_backend.model_size import (
     vocabulary_of,
 )
 from mlxpool_server.mlx_backend.openblas import OpenBlas
-from mlxpool_server.mlx_backend.row_cache import batch_problem
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.tokenizer_files import read_tokenizer_files
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
@@ -83,13 +84,20 @@ class MlxModel:
     """A model whose arrays are all evaluated: any thread may use it."""
 
     def __init__(
-        self, model: nn.Module, vocab_size: int, prefill_tokens: int, blas: OpenBlas | None = None
+        self,
+        model: nn.Module,
+        vocab_size: int,
+        prefill_tokens: int,
+        *,
+        kv_quantization: KvQuantization | None = None,
+        blas: OpenBlas | None = None,
     ) -> None:
         # First, so that a head picks its rows before it flattens them.
         flatten_rows(model)
         self._model = LastRows(model)
         self._vocab_size = vocab_size
         self._prefill_tokens = prefill_tokens
+        self._kv_quantization = kv_quantization
         self._blas = blas
         self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
         self._batch_problem = batch_problem(model)
@@ -112,6 +120,7 @@ class MlxModel:
             vocab_size=self._vocab_size,
             is_batchable=not self._batch_problem,
             prefill_tokens=self._prefill_tokens,
+            kv_quantization=self._kv_quantization,
             threads=ThreadTuner.of(self._blas),
         )
 
@@ -139,6 +148,7 @@ class MlxModel:
             vocab_size=self._vocab_size,
             is_batchable=is_batchable,
             prefill_tokens=WARM_UP_TOKENS,
+            kv_quantization=self._kv_quantization,
         )
 
 
@@ -271,20 +281,33 @@ class MlxLoader:
                 check_wanted()
             if _stamps(folder, WEIGHTS) != stamps:
                 raise LoadFailedError(spec.name, "its files changed while they were read")
-            rows = embedding_rows(module)
-            if rows and look.info.vocab_size > rows:
-                # An id beyond its rows would end the process.
-                problem = f"it claims {look.info.vocab_size} tokens, and has embeddings for {rows}"
-                raise LoadFailedError(spec.name, problem)
-            model = MlxModel(module, look.info.vocab_size, self._prefill_step_tokens, self._blas)
-            if device_kind() == "cuda":
-                join_products(module, self._processors)
+            model = self._served(spec, look.info, module)
         if self._warm_up:
             report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))
             with _as_load_failures(spec.name, "its first run failed: "):
                 model.warm_up(self._processors, check_wanted)
         if model.batch_problem:
             log.warning("model.not_batchable", model=spec.name, reason=model.batch_problem)
+        return model
+
+    def _served(self, spec: ModelSpec, info: ModelInfo, module: nn.Module) -> MlxModel:
+        rows = embedding_rows(module)
+        if rows and info.vocab_size > rows:
+            # An id beyond its rows would end the process.
+            problem = f"it claims {info.vocab_size} tokens, and has embeddings for {rows}"
+            raise LoadFailedError(spec.name, problem)
+        model = MlxModel(
+            module,
+            info.vocab_size,
+            self._prefill_step_tokens,
+            kv_quantization=spec.kv_quantization,
+            blas=self._blas,
+        )
+        if device_kind() == "cuda":
+            join_products(module, self._processors)
+        if spec.kv_quantization is not None:
+            with _as_load_failures(spec.name, "its KV cache cannot be quantised: "):
+                check_kv_quantization(module, spec.kv_quantization)
         return model
 
     def _choose(
@@ -310,7 +333,9 @@ def _as_load_failures(name: str, prefix: str) -> Iterator[None]:
 
 def _footprint(spec: ModelSpec, config: dict[str, Any], dtype: mx.Dtype | None) -> Footprint:
     try:
-        return read_footprint(config, dtype, fused=device_kind() != "cpu")
+        return read_footprint(
+            config, dtype, fused=device_kind() != "cpu", kv_quantization=spec.kv_quantization
+        )
     except Exception as error:  # noqa: BLE001 - a config that its own code refuses
         # The load will say so; a model that cannot be loaded generates nothing.
         log.debug("model.footprint_unknown", model=spec.name, error=one_line(error))

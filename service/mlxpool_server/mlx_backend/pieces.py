@@ -25,9 +25,14 @@ class Piece:
 
 
 class KvPiece(Piece):
-    """Some tokens' keys and values: (1, heads, tokens, head size) each."""
+    """What a RowCache holds of some tokens: its parts, (1, heads, tokens, something) each."""
 
     can_be_cut = True
+
+    def __init__(self, cache: RowCache, row: int, start: int, end: int) -> None:
+        super().__init__(cache.cut(row, start, end))
+        # Of its kind, and without its arrays.
+        self.empty = cache.like(Lengths((0,)))
 
 
 class StatePiece(Piece):
@@ -51,7 +56,7 @@ class ListPiece(Piece):
 def piece_of(cache: Any, row: int, start: int, end: int) -> Piece:
     """A copy of what a batch's cache holds of one row's tokens from `start` to `end`."""
     if isinstance(cache, RowCache):
-        return KvPiece(cache.cut(row, start, end))
+        return KvPiece(cache, row, start, end)
     if isinstance(cache, CacheList):
         return ListPiece([piece_of(each, row, start, end) for each in cache.caches])
     return StatePiece(cache.extract(row))
@@ -65,12 +70,10 @@ def join_pieces(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
         return CacheList(*(join_pieces(part, counts) for part in parts))
     if isinstance(last, StatePiece):
         return last.cache.merge([copy.deepcopy(last.cache)])
-    cache = RowCache(Lengths((sum(counts),)))
+    cache = last.empty.like(Lengths((sum(counts),)))
     cuts = [
         [array[:, :, :count] for array in piece.arrays]
         for piece, count in zip(pieces, counts, strict=True)
     ]
-    keys, values = zip(*cuts, strict=True)
-    cache.keys = mx.concatenate(list(keys), axis=2)
-    cache.values = mx.concatenate(list(values), axis=2)
+    cache.parts = [mx.concatenate(list(part), axis=2) for part in zip(*cuts, strict=True)]
     return cache

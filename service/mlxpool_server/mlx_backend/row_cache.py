@@ -2,19 +2,15 @@
 
 mlx-lm aligns the rows of a batch at their ends: each join and each padded prompt shifts whole
 caches. Here rows begin at 0 and end where they end; what lies behind a row's end is masked, and
-written over by its next tokens. Caches that are no plain KVCache (windows, recurrent state) stay
-mlx-lm's own.
+written over by its next tokens.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from mlxpool_server.domain import KV_STEP_TOKENS
 from mlxpool_server.mlx_backend import row_attention
@@ -88,14 +84,46 @@ class Lengths:
 class RowCache:
     """One layer's keys and values, shape (rows, heads, capacity, head size) each.
 
-    Speaks the protocol of mlx-lm's batched caches.
+    Speaks the protocol of mlx-lm's batched caches. What it holds are its parts, arrays of shape
+    (rows, heads, capacity, something): a kind of cache says how keys and values become parts, and
+    what attention gets of them.
     """
 
     def __init__(self, lengths: Lengths) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
         self.lengths = lengths
+        # Empty until the first tokens.
+        self.parts: list[mx.array] = []
         self._padded_from: tuple[Lengths, Sequence[int]] | None = None
+
+    def encoded(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        """What is held of new tokens' keys and values."""
+        return keys, values
+
+    def fetched(self, parts: Sequence[mx.array]) -> tuple[Any, Any]:
+        """Keys and values as the model's attention takes them."""
+        keys, values = parts
+        return keys, values
+
+    def like(self, lengths: Lengths) -> RowCache:
+        """An empty one of this kind."""
+        return RowCache(lengths)
+
+    @property
+    def keys(self) -> Any:
+        """Some models look at them, or put others in their place."""
+        return self.parts[0] if self.parts else None
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self.parts[0] = keys
+
+    @property
+    def values(self) -> Any:
+        return self.parts[1] if self.parts else None
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self.parts[1] = values
 
     @property
     def offset(self) -> int | mx.array:
@@ -103,20 +131,18 @@ class RowCache:
         return self.lengths.longest if self.lengths.is_even else self.lengths.offsets
 
     @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
-        return self.keys, self.values
+    def state(self) -> list[mx.array]:
+        return self.parts
 
     @property
     def nbytes(self) -> int:
-        if self.keys is None or self.values is None:
-            return 0
-        return self.keys.nbytes + self.values.nbytes
+        return sum(part.nbytes for part in self.parts)
 
     def size(self) -> int:
         return self.lengths.longest
 
     def empty(self) -> bool:
-        return self.keys is None
+        return not self.parts
 
     def is_trimmable(self) -> bool:
         return True
@@ -131,16 +157,24 @@ class RowCache:
             row_attention.remember(mask, self.lengths.offsets)
         return mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         num_tokens = keys.shape[2]
         end = self.lengths.longest + num_tokens
-        self.keys = self._write(_grown(self.keys, keys, end), keys)
-        self.values = self._write(_grown(self.values, values, end), values)
+        new = self.encoded(keys, values)
+        held: Sequence[mx.array | None] = self.parts or [None] * len(new)
+        self.parts = [
+            self._write(_grown(part, fresh, end), fresh)
+            for part, fresh in zip(held, new, strict=True)
+        ]
         if num_tokens == 1:
             self.lengths = self.lengths.next()
         else:
             self.lengths = self.lengths.plus([num_tokens] * keys.shape[0])
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What attention gets; layers that share a cache ask for it again."""
+        return self.fetched([part[..., : self.lengths.longest, :] for part in self.parts])
 
     def prepare(self, *, lengths: Sequence[int], right_padding: Sequence[int]) -> None:
         """The next tokens are padded on the right to one length; `lengths` of them count."""
@@ -156,35 +190,30 @@ class RowCache:
 
     def filter(self, indices: Sequence[int]) -> None:
         self.lengths = self.lengths.keep(indices)
-        if self.keys is not None and self.values is not None:
-            # The type that an embedding is looked up with: its kernel is there already.
-            kept = mx.array(list(indices), dtype=mx.uint32)
-            end = _capacity(self.lengths.longest)
-            self.keys = self.keys[kept, :, :end]
-            self.values = self.values[kept, :, :end]
+        # The type that an embedding is looked up with: its kernel is there already.
+        kept = mx.array(list(indices), dtype=mx.uint32)
+        end = _capacity(self.lengths.longest)
+        self.parts = [part[kept, :, :end] for part in self.parts]
 
     def extend(self, other: RowCache) -> None:
-        """Append the rows of `other`."""
+        """Append the rows of `other`, which is of the same kind."""
         num_rows = len(self.lengths.rows), len(other.lengths.rows)
         self.lengths = self.lengths.join(other.lengths)
-        self.keys = _stacked(self.keys, other.keys, num_rows)
-        self.values = _stacked(self.values, other.values, num_rows)
+        known = self.parts or other.parts
+        self.parts = [
+            _stacked(
+                self.parts[index] if self.parts else _no_tokens(part, num_rows[0]),
+                other.parts[index] if other.parts else _no_tokens(part, num_rows[1]),
+            )
+            for index, part in enumerate(known)
+        ]
 
-    def extract(self, index: int) -> KVCache:
-        """A copy of one row."""
-        row = KVCache()
-        if self.keys is not None:
-            row.offset = self.lengths.rows[index]
-            row.keys, row.values = self.cut(index, 0, row.offset)
-        return row
-
-    def cut(self, index: int, start: int, end: int) -> tuple[mx.array, mx.array]:
-        """A copy of one row's keys and values from one token to another; it is not empty."""
-        held = slice(index, index + 1), slice(None), slice(start, end)
-        keys, values = self.state
-        if keys is None or values is None:
+    def cut(self, index: int, start: int, end: int) -> list[mx.array]:
+        """A copy of one row's parts from one token to another; it is not empty."""
+        if not self.parts:
             raise IndexError(index)
-        return mx.contiguous(keys[held]), mx.contiguous(values[held])
+        held = slice(index, index + 1), slice(None), slice(start, end)
+        return [mx.contiguous(part[held]) for part in self.parts]
 
     def _write(self, held: mx.array, new: mx.array) -> mx.array:
         rows, _, num_tokens, _ = new.shape
@@ -198,38 +227,6 @@ class RowCache:
             start = self.lengths.rows[row]
             held[row, :, start : start + num_tokens] = new[row]
         return held
-
-
-def new_caches(model: nn.Module, num_rows: int) -> list[Any]:
-    """Empty caches for `num_rows` rows, one a layer.
-
-    Raises: UnbatchableError when the model has a cache that knows one row only.
-    """
-    lengths = Lengths((0,) * num_rows)
-    return [_batched(cache, lengths) for cache in make_prompt_cache(model)]
-
-
-def batch_problem(model: nn.Module) -> str:
-    """Why several rows do not fit into the model's caches; empty when they do."""
-    try:
-        new_caches(model, 1)
-    except UnbatchableError as error:
-        return f"its {error} holds one row only"
-    return ""
-
-
-class UnbatchableError(Exception):
-    """The model has a cache that cannot hold a batch; the message names its class."""
-
-
-def _batched(cache: Any, lengths: Lengths) -> Any:
-    if type(cache) is KVCache:
-        return RowCache(lengths)
-    if isinstance(cache, CacheList):
-        return CacheList(*(_batched(each, lengths) for each in cache.caches))
-    if not hasattr(cache, "merge"):
-        raise UnbatchableError(type(cache).__name__)
-    return cache.merge([copy.copy(cache) for _ in lengths.rows])
 
 
 def _capacity(num_tokens: int) -> int:
@@ -246,19 +243,15 @@ def _grown(held: mx.array | None, new: mx.array, end: int) -> mx.array:
     return fresh if held is None else mx.concatenate([held, fresh], axis=2)
 
 
-def _stacked(
-    first: mx.array | None, second: mx.array | None, num_rows: tuple[int, int]
-) -> mx.array | None:
-    """Both, with as much room a row; None has so many rows that hold nothing yet."""
-    known = second if first is None else first
-    if known is None:
-        return None
-    held = [
-        mx.zeros((rows, *known.shape[1:]), known.dtype) if each is None else each
-        for each, rows in zip((first, second), num_rows, strict=True)
-    ]
-    capacity = max(each.shape[2] for each in held)
-    return mx.concatenate([_padded(each, capacity) for each in held])
+def _no_tokens(like: mx.array, num_rows: int) -> mx.array:
+    """A part of rows that hold nothing yet, beside one of rows that do."""
+    return mx.zeros((num_rows, *like.shape[1:]), like.dtype)
+
+
+def _stacked(first: mx.array, second: mx.array) -> mx.array:
+    """The rows of both, with as much room each."""
+    capacity = max(first.shape[2], second.shape[2])
+    return mx.concatenate([_padded(first, capacity), _padded(second, capacity)])
 
 
 def _padded(held: mx.array, capacity: int) -> mx.array:

@@ -63,7 +63,8 @@ class Entries(Mapping[str, Entry]):
         """Take over another catalogue; return the entries that are new.
 
         One that is gone is not found any more; what runs on it ends in peace, and then it goes. One
-        whose files or layout are others leaves likewise, and is loaded anew by the next request.
+        whose files are others, or are held in another way, leaves likewise, and is loaded anew by
+        the next request.
         """
         self._catalog = catalog
         self._default_keep_alive_s = default_keep_alive_s
@@ -93,7 +94,7 @@ class Entries(Mapping[str, Entry]):
 
     def _renew(self, entry: Entry, spec: ModelSpec, unloads: Unloads) -> None:
         """What an operator changed is in force; what LoadModel set otherwise stays."""
-        is_other = (entry.spec.source, entry.spec.layout) != (spec.source, spec.layout)
+        is_other = not entry.spec.is_held_as(spec)
         entry.is_retired = False
         entry.renew(spec, self._default_keep_alive_s)
         if is_other:

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from mlxpool_server.domain import HubSource, Layout, ModelSpec
+from mlxpool_server.domain import HubSource, KvQuantization, Layout, ModelSpec
 from mlxpool_server.settings.quantities import parse_keep_alive
 
 _HUB_ID = re.compile(
@@ -30,6 +30,8 @@ class ModelTable(BaseModel):
     preload: bool = False
     keep_alive_s: Annotated[float | None, BeforeValidator(parse_keep_alive)] = None
     layout: Layout = Layout.AUTO
+    kv_bits: Literal[4, 8] | None = None
+    kv_group_size: Literal[32, 64, 128] | None = None
 
     def domain_value(self, folder: Path) -> ModelSpec:
         """Return the domain's value; a relative path starts from `folder`.
@@ -44,7 +46,17 @@ class ModelTable(BaseModel):
             preload=self.preload,
             keep_alive_s=self.keep_alive_s,
             layout=self.layout,
+            kv_quantization=self._kv_quantization(),
         )
+
+    def _kv_quantization(self) -> KvQuantization | None:
+        if self.kv_bits is None:
+            if self.kv_group_size is not None:
+                raise ValueError("has kv_group_size without kv_bits; write both or neither")
+            return None
+        if self.kv_group_size is None:
+            return KvQuantization(self.kv_bits)
+        return KvQuantization(self.kv_bits, self.kv_group_size)
 
     def _source(self, folder: Path) -> Path | HubSource:
         if (self.path is None) == (self.hub is None):

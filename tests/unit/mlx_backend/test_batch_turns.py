@@ -17,8 +17,8 @@ from mlxpool_server.mlx_backend import batch as batch_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.model_caches import batch_problem
 from mlxpool_server.mlx_backend.prefill_pace import MIN_STALL_S
-from mlxpool_server.mlx_backend.row_cache import batch_problem
 from references.generation import greedy_alone
 from tiny_models import VOCAB_SIZE, write_model
 

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 from mlxpool_server.mlx_backend.last_rows import LastRows
-from mlxpool_server.mlx_backend.row_cache import new_caches
+from mlxpool_server.mlx_backend.model_caches import new_caches
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, VOCAB_SIZE, write_model
 
 TOKENS = mx.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])

@@ -12,9 +12,9 @@ from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import SamplingParams
 from mlxpool_server.mlx_backend.last_rows import LastRows
+from mlxpool_server.mlx_backend.model_caches import new_caches
 from mlxpool_server.mlx_backend.prefill import Prefill
 from mlxpool_server.mlx_backend.row import Row
-from mlxpool_server.mlx_backend.row_cache import new_caches
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, VOCAB_SIZE, write_model
 

@@ -15,13 +15,8 @@ from mlx_lm.models import cache as mlx_caches
 from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import KV_STEP_TOKENS
-from mlxpool_server.mlx_backend.row_cache import (
-    Lengths,
-    RowCache,
-    UnbatchableError,
-    batch_problem,
-    new_caches,
-)
+from mlxpool_server.mlx_backend.model_caches import UnbatchableError, batch_problem, new_caches
+from mlxpool_server.mlx_backend.row_cache import Lengths, RowCache
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, write_model
 
 HEADS, SIZE = 2, 4
@@ -109,11 +104,10 @@ class Pair:
         assert self.cache.lengths.rows == tuple(len(row) for row in self.rows)
         assert self.cache.size() == max(len(row) for row in self.rows)
         for index, row in enumerate(self.rows):
-            copy = self.cache.extract(index)
-            assert copy.offset == len(row)
             if len(row):
-                assert np.array_equal(np.asarray(copy.keys[0]).swapaxes(0, 1), row)
-                assert np.array_equal(np.asarray(copy.values[0]).swapaxes(0, 1), -row)
+                keys, values = self.cache.cut(index, 0, len(row))
+                assert np.array_equal(np.asarray(keys[0]).swapaxes(0, 1), row)
+                assert np.array_equal(np.asarray(values[0]).swapaxes(0, 1), -row)
         if self.cache.keys is not None:
             assert self.cache.keys.shape[0] == len(self.rows)
             assert self.cache.keys.shape[2] >= self.cache.size()
@@ -208,16 +202,13 @@ def test_filter_gives_back_what_the_longest_took() -> None:
     assert pair.cache.offset == 3
 
 
-def test_an_extracted_row_is_a_copy() -> None:
-    """What the batch does next does not change it, and mlx-lm's own cache goes on from it."""
+def test_what_was_cut_is_a_copy() -> None:
+    """What the batch does next does not change it."""
     pair = filled(5, 2)
-    row = pair.cache.extract(1)
-    expected = np.asarray(row.keys).copy()
+    keys, _ = pair.cache.cut(1, 0, 2)
+    expected = np.asarray(keys).copy()
     pair.update(random.Random(2), [4, 4])  # noqa: S311 - a repeatable one
-    assert np.array_equal(np.asarray(row.keys), expected)
-    more = mx.ones((1, HEADS, 1, SIZE))
-    keys, _ = row.update_and_fetch(more, more)
-    assert keys.shape[2] == 3
+    assert np.array_equal(np.asarray(keys), expected)
 
 
 def test_an_empty_cache_is_empty() -> None:
@@ -225,7 +216,6 @@ def test_an_empty_cache_is_empty() -> None:
     cache = RowCache(Lengths((0, 0)))
     assert cache.empty()
     assert cache.nbytes == 0
-    assert cache.extract(1).empty()
     with pytest.raises(IndexError):
         cache.cut(0, 0, 1)
     assert not filled(1).cache.empty()
