@@ -73,11 +73,16 @@ class ModelSpec:
     layout: Layout = Layout.AUTO
     # None: keys and values are kept as the model computes them.
     kv_quantization: KvQuantization | None = None
+    # At most so many tokens of a row are guessed at once, from those before them. 0: none.
+    prompt_lookup_tokens: int = 0
 
     def is_held_as(self, other: ModelSpec) -> bool:
         """Whether what is in memory for the one serves the other."""
-        mine = self.source, self.layout, self.kv_quantization
-        return mine == (other.source, other.layout, other.kv_quantization)
+        return self._held == other._held
+
+    @property
+    def _held(self) -> tuple[object, ...]:
+        return self.source, self.layout, self.kv_quantization, self.prompt_lookup_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,6 +528,8 @@ class TokenUsage:
     cached_prompt_tokens: int = 0
     # Part of completion_tokens; the markers around a thought are not counted.
     reasoning_tokens: int = 0
+    # Part of completion_tokens: guessed, and then found to be what the model says.
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,17 @@ class FakeModel:
     """`steps` None: run freely. Otherwise each step waits for one release of the semaphore."""
 
     def __init__(
-        self, *, resident_bytes: int = 100, script: Script = echo, is_stepped: bool = False
+        self,
+        *,
+        resident_bytes: int = 100,
+        script: Script = echo,
+        is_stepped: bool = False,
+        num_drafted: int = 0,
     ) -> None:
         self.resident_bytes = resident_bytes
         self.script = script
+        # So many tokens more in a step, as if all drafts were right.
+        self.num_drafted = num_drafted
         self.steps = threading.Semaphore(0) if is_stepped else None
         # Set while a step waits for its release.
         self.is_waiting = threading.Event()
@@ -73,6 +80,7 @@ class FakeBatch:
         self.samplings: dict[int, SamplingParams] = {}
         self.guides: dict[int, Guide | None] = {}
         self.top_logprobs: dict[int, int | None] = {}
+        self.num_drafted: dict[int, int] = {}
         # In the order in which they joined.
         self.joined: list[Sequence[int]] = []
         self.largest = 0
@@ -86,6 +94,8 @@ class FakeBatch:
         sampling: SamplingParams,
         guide: Guide | None = None,
         top_logprobs: int | None = None,
+        *,
+        max_ahead: int = 0,
     ) -> None:
         _raise_next(self.model.add_errors)
         self.joined.append(prompt)
@@ -94,6 +104,7 @@ class FakeBatch:
         self.samplings[slot] = sampling
         self.guides[slot] = guide
         self.top_logprobs[slot] = top_logprobs
+        self.num_drafted[slot] = min(self.model.num_drafted, max_ahead)
         self.largest = max(self.largest, len(self.slots))
 
     def remove(self, slots: Sequence[int]) -> None:
@@ -117,15 +128,21 @@ class FakeBatch:
         fresh = set(self.prompts)
         self.prompts.clear()
         tokens = tuple(
-            (slot, next(script)) for slot, script in self.slots.items() if slot not in fresh
+            (slot, next(script))
+            for slot, script in self.slots.items()
+            if slot not in fresh
+            for _ in range(1 + self.num_drafted[slot])
         )
+        drafted = tuple((slot, self.num_drafted[slot]) for slot in self.slots if slot not in fresh)
         failed, self.model.slot_errors = tuple(self.model.slot_errors.items()), {}
         scores = {
             slot: _scores(token, count)
             for slot, token in tokens
             if (count := self.top_logprobs[slot]) is not None
         }
-        return StepOutput(tokens=tokens, prefilled=prefilled, failed=failed, scores=scores)
+        return StepOutput(
+            tokens=tokens, drafted=drafted, prefilled=prefilled, failed=failed, scores=scores
+        )
 
     def settle(self) -> None:
         """Nothing runs ahead here."""

@@ -135,7 +135,12 @@ async def test_other_files_are_loaded_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"layout": Layout.FLOAT16}, {"kv_quantization": KvQuantization(8)}]
+    "change",
+    [
+        {"layout": Layout.FLOAT16},
+        {"kv_quantization": KvQuantization(8)},
+        {"prompt_lookup_tokens": 4},
+    ],
 )
 async def test_another_form_in_memory_is_loaded_anew(change: dict[str, Any]) -> None:
     """The weights' layout or the KV cache's bits: what is in memory has the old ones."""

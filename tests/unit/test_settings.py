@@ -366,7 +366,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
     config_file.write_text(
         '[[models]]\nname = "chat"\nhub = "org/repo"\nrevision = "v1"\naliases = ["default"]\n'
         'pinned = true\npreload = true\nkeep_alive_s = "never"\nlayout = "bfloat16"\n'
-        "kv_bits = 4\nkv_group_size = 32\n"
+        "kv_bits = 4\nkv_group_size = 32\nprompt_lookup_tokens = 8\n"
         '[[models]]\nname = "local"\npath = "/srv/local"\nkv_bits = 8\n'
     )
     settings = load_settings(config_file, {}, {})
@@ -380,6 +380,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
             keep_alive_s=math.inf,
             layout=Layout.BFLOAT16,
             kv_quantization=KvQuantization(4, 32),
+            prompt_lookup_tokens=8,
         ),
         ModelSpec("local", Path("/srv/local"), kv_quantization=KvQuantization(8)),
     )
@@ -399,6 +400,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
         ('name = "a"\npath = "x"\nlisten = "b"', "move it above the first [[models]]"),
         ('name = "a"\npath = "x"\naliases = "b"', "aliases = 'b': input should be"),
         ('name = "a"\npath = "x"\nkeep_alive_s = -1', "keep_alive_s = -1: not a keep-alive"),
+        ('name = "a"\npath = "x"\nprompt_lookup_tokens = 17', "less than or equal to 16"),
         ('name = "a"\npath = "x"\nkv_bits = 5', "kv_bits = 5: input should be 4 or 8"),
         ('name = "a"\npath = "x"\nkv_group_size = 32', "kv_group_size without kv_bits"),
         ('name = "a"\npath = "x"\nlayout = "q4"', "layout = 'q4': input should be 'auto'"),

@@ -22,8 +22,10 @@ class TokenScores:
 class StepOutput:
     """What one step did, by slot."""
 
-    # (slot, token id): at most one new token a slot and step.
+    # (slot, token id), each slot's in order. Most have one a step; drafts that were right, more.
     tokens: tuple[tuple[int, int], ...] = ()
+    # (slot, how many of its tokens, the first ones, were drafts).
+    drafted: tuple[tuple[int, int], ...] = ()
     # (slot, prompt tokens processed so far).
     prefilled: tuple[tuple[int, int], ...] = ()
     # (slot, how many of those were in the prompt cache).
@@ -57,11 +59,14 @@ class BatchRunner(Protocol):
         sampling: SamplingParams,
         guide: Guide | None = None,
         top_logprobs: int | None = None,
+        *,
+        max_ahead: int = 0,
     ) -> None:
         """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary.
 
         `guide` None: any token may come. `top_logprobs`: give each token's scores, with so many
-        alternatives. None: give none.
+        alternatives. None: give none. `max_ahead`: so many of its first tokens may be worked on
+        before those in front of them are known; none are forced on it.
         """
 
     def remove(self, slots: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 
 from mlxpool_server.domain import FinishReason, GenerationPhase, GenerationProgress
-from mlxpool_server.engine.backend import BatchRunner, LoadedModel, TokenScores
+from mlxpool_server.engine.backend import BatchRunner, LoadedModel, StepOutput, TokenScores
 from mlxpool_server.engine.output_stream import StreamItem
 from mlxpool_server.engine.scheduler import Scheduler
 from mlxpool_server.engine.sequence import Sequence, SequenceEvents, SequenceState
@@ -85,6 +85,7 @@ class ModelRunner:
                     request.sampling,
                     request.guide,
                     request.top_logprobs,
+                    max_ahead=request.max_ahead,
                 )
             except Exception:  # it never joined the batch, so it fails alone
                 log.exception("sequence.not_added", model=self._name, slot=sequence.slot)
@@ -106,12 +107,7 @@ class ModelRunner:
                 cached.cached_prompt_tokens = cached_tokens
         for slot, prefilled_tokens in output.prefilled:
             self._tell_prefill(slot, prefilled_tokens)
-        ended = [
-            sequence
-            for slot, token_id in output.tokens
-            if (sequence := self._scheduler.running(slot)) is not None
-            and self._take(sequence, token_id, output.scores.get(slot))
-        ]
+        ended = self._take_tokens(output)
         for slot, error in output.failed:
             if (failed := self._scheduler.running(slot)) is not None:
                 self._emit(slot, error)
@@ -156,6 +152,21 @@ class ModelRunner:
         for sequence in expired:
             self._fold(sequence, partial(sequence.finish, FinishReason.TIME_LIMIT))
         self._remove(expired)
+
+    def _take_tokens(self, output: StepOutput) -> list[Sequence]:
+        """Return those whom one of their tokens ended; what came behind it is dropped."""
+        ended: list[Sequence] = []
+        drafted = dict(output.drafted)
+        for slot, token_id in output.tokens:
+            sequence = self._scheduler.running(slot)
+            if sequence is None or (ended and sequence in ended):
+                continue
+            if drafted.get(slot, 0) > 0:
+                drafted[slot] -= 1
+                sequence.accepted_draft_tokens += 1
+            if self._take(sequence, token_id, output.scores.get(slot)):
+                ended.append(sequence)
+        return ended
 
     def _take(self, sequence: Sequence, token_id: int, scores: TokenScores | None) -> bool:
         """Take one token in; True when that ended the sequence."""

@@ -58,6 +58,14 @@ class SequenceRequest:
     max_reasoning_tokens: int | None = None
     reasoning_end: tuple[int, ...] = ()
 
+    @property
+    def max_ahead(self) -> int:
+        """So many of its tokens may be worked on before those in front of them are known.
+
+        Behind a thought that may have to be ended, nobody knows what comes.
+        """
+        return self.max_tokens if self.max_reasoning_tokens is None else 0
+
 
 # The model had no more to say; after any other end it would have gone on.
 _OWN_ENDS = frozenset({FinishReason.STOP})
@@ -85,6 +93,7 @@ class Sequence:
         self.request = request
         self.state = SequenceState.WAITING
         self.cached_prompt_tokens = 0
+        self.accepted_draft_tokens = 0
         self._clock = clock
         self._matcher = StopMatcher(request.stop_sequences)
         self._output = _new_fold(request, self._matcher)
@@ -143,6 +152,7 @@ class Sequence:
                 completion_tokens=len(self._token_ids),
                 cached_prompt_tokens=self.cached_prompt_tokens,
                 reasoning_tokens=self._output.reasoning_tokens,
+                accepted_draft_tokens=self.accepted_draft_tokens,
             ),
             timings=self._timings(),
             stop_sequence=self._matcher.matched or "",

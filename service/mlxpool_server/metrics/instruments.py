@@ -115,6 +115,12 @@ class Instruments:
             _MODEL,
             registry=self.registry,
         )
+        self._accepted_draft_tokens = Counter(
+            "mlxpool_accepted_draft_tokens",
+            "Tokens that were guessed and found right, of generations that ended.",
+            _MODEL,
+            registry=self.registry,
+        )
         self._queue = self._histogram(
             "queue_time_seconds", "Waiting for memory and a place in the batch.", _MODEL, WAIT_S
         )
@@ -145,6 +151,7 @@ class Instruments:
         timings, num_tokens = finished.timings, finished.usage.completion_tokens
         self._generations.labels(model, finished.finish_reason.value).inc()
         self._reasoning_tokens.labels(model).inc(finished.usage.reasoning_tokens)
+        self._accepted_draft_tokens.labels(model).inc(finished.usage.accepted_draft_tokens)
         self._logprob_tokens.labels(model).inc(finished.num_logprobs)
         self._queue.labels(model).observe(timings.queue_s)
         if num_tokens > 0:

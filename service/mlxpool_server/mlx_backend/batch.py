@@ -16,6 +16,7 @@ from mlxpool_server.engine.backend import Guide, StepOutput
 from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.decode import Decode
+from mlxpool_server.mlx_backend.drafting.drafter import Drafter
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.mask_maker import MaskMaker
@@ -49,11 +50,14 @@ class MlxBatch:
         is_batchable: bool,
         prefill_tokens: int,
         kv_quantization: KvQuantization | None = None,
+        max_drafts: int = 0,
         threads: ThreadTuner | None = None,
     ) -> None:
         """`prefill_tokens`: the most prompt tokens of one pass, all rows and padding together.
 
-        `threads` chooses how many a CPU's matrix products get.
+        `max_drafts`: so many tokens of a row may be guessed from those before them; not 0 only
+        where its caches can forget what was wrong. `threads` chooses how many a CPU's matrix
+        products get.
         """
         self._model = model
         self._vocab_size = vocab_size
@@ -65,6 +69,11 @@ class MlxBatch:
         self._last_kind: object = None
         kind = device_kind()
         self._samples_on_host = kind == "cpu"
+        self._drafter = (
+            Drafter(max_drafts, samples_on_host=self._samples_on_host)
+            if max_drafts and is_batchable
+            else None
+        )
         self._gathers_prompts = kind == "cuda" and is_batchable
         self._waiting: deque[Row] = deque()
         # Slots to be freed before the next step.
@@ -90,11 +99,20 @@ class MlxBatch:
         sampling: SamplingParams,
         guide: Guide | None = None,
         top_logprobs: int | None = None,
+        *,
+        max_ahead: int = 0,
     ) -> None:
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         mask = None if guide is None else self._masks.begin(guide)
         self._waiting.append(
-            Row(slot, tuple(prompt), sampled, mask=mask, top_logprobs=top_logprobs)
+            Row(
+                slot,
+                tuple(prompt),
+                sampled,
+                mask=mask,
+                top_logprobs=top_logprobs,
+                max_ahead=max_ahead,
+            )
         )
 
     def force(self, slot: int, token_ids: Sequence[int]) -> None:
@@ -131,7 +149,16 @@ class MlxBatch:
         output = self._timed_step()
         self._prefixes.begin_copies()
         scores = told_scores(row for decode in self._decodes for row in decode.rows)
-        return replace(output, scores=scores) if scores else output
+        if scores:
+            output = replace(output, scores=scores)
+        return output if self._drafter is None else replace(output, drafted=self._drafted())
+
+    def _drafted(self) -> tuple[tuple[int, int], ...]:
+        rows = [row for decode in self._decodes for row in decode.rows if row.num_drafted]
+        told = tuple((row.slot, row.num_drafted) for row in rows)
+        for row in rows:
+            row.num_drafted = 0
+        return told
 
     def _timed_step(self) -> StepOutput:
         is_prefill = self._has_prompts and not self._is_gathering()
@@ -139,7 +166,8 @@ class MlxBatch:
             return self._prefill() if is_prefill else self._decode()
         rows = sum(len(decode.rows) for decode in self._decodes)
         # Batches of up to 1, 2, 4, 8 … rows.
-        kind = "prefill" if is_prefill else (rows - 1).bit_length()
+        has_drafts = any(decode.has_drafts for decode in self._decodes)
+        kind = "prefill" if is_prefill else ((rows - 1).bit_length(), has_drafts)
         self._threads.begin(kind)
         started_at = time.monotonic()
         output = self._prefill() if is_prefill else self._decode()
@@ -303,6 +331,7 @@ class MlxBatch:
                     self._vocab_size,
                     self._masks,
                     samples_on_host=self._samples_on_host,
+                    drafter=self._drafter,
                 )
             )
         self._decodes[-1].extend(rows, caches)

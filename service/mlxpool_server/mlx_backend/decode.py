@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxpool_server.mlx_backend.drafting.drafted_pass import DraftedPass, rewind
+from mlxpool_server.mlx_backend.drafting.drafter import Drafter
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.mask_maker import MaskMaker
@@ -24,21 +26,37 @@ from mlxpool_server.mlx_backend.scoring import Scoring
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step that was begun. With `logits` its tokens are to be chosen here."""
+    """A step that was begun."""
 
     rows: tuple[Row, ...]
+    # Chosen by the device; or, with `logits` or drafts, what went in.
     tokens: mx.array
     logits: mx.array | None = None
     scoring: Scoring | None = None
+    drafted: DraftedPass | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its tokens are still to be chosen here."""
+        return self.logits is not None or self.drafted is not None
 
 
 class Decode:
     """Engine thread only."""
 
     def __init__(
-        self, model: LastRows, vocab_size: int, masks: MaskMaker, *, samples_on_host: bool
+        self,
+        model: LastRows,
+        vocab_size: int,
+        masks: MaskMaker,
+        *,
+        samples_on_host: bool,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`samples_on_host`: what is more than the most likely token is left to numpy."""
+        """`samples_on_host`: what is more than the most likely token is left to numpy.
+
+        `drafter`: guesses tokens ahead, for a model whose caches can forget their last ones.
+        """
         self._model = model
         self._vocab_size = vocab_size
         self._samples_on_host = samples_on_host
@@ -50,8 +68,14 @@ class Decode:
         # None: its rows' state is known here and not on the device.
         self._sampler: DeviceSampler | None = None
         self._masks = masks
+        self._drafter = drafter
         # Rows under constraints, on a device: tokens are chosen when their masks are there.
         self._masked = MaskedSampler(vocab_size)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether the pass that was launched has any."""
+        return self._launched is not None and self._launched.drafted is not None
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +127,8 @@ class Decode:
         """Wait for what was launched ahead."""
         if self._launched is not None:
             mx.eval(self._launched.tokens, self._launched.logits)
+            if self._launched.drafted is not None:
+                mx.eval(self._launched.drafted.outcome)
             if self._launched.scoring is not None:
                 mx.eval(self._launched.scoring.arrays)
 
@@ -113,9 +139,12 @@ class Decode:
         """
         launched = self._launched
         is_forced = bool(forced) and any(row.slot in forced for row in self.rows)
+        if self._drafter is not None and not is_forced and self._drafter.is_on(self.rows):
+            return self._drafted_step(self._drafter, launched)
         if not is_forced and self._chooses_late(launched):
             return self._masked_step(launched)
-        if is_forced or self._samples_here() or (launched and launched.logits is not None):
+        is_open = launched is not None and launched.is_open
+        if is_forced or self._samples_here() or is_open:
             tokens = self._read(launched)
             # All that was decided is known here now.
             self._feed = self._sampler = None
@@ -155,6 +184,8 @@ class Decode:
         """Wait for a step; what its rows that left meanwhile would have said is dropped."""
         if launched is None:
             return []
+        if launched.drafted is not None:
+            return self._read_drafted(launched.rows, launched.drafted)
         here = set(self.rows)
         places = [place for place, row in enumerate(launched.rows) if row in here]
         rows = [launched.rows[place] for place in places]
@@ -177,6 +208,37 @@ class Decode:
             launched.scoring.tell(frozenset(rows))
         told = [(row.slot, row.token) for row in rows if row.failure is None]
         self._masks.advance(rows)
+        return told
+
+    # ------------------------------------------------------------ drafts
+
+    def _drafted_step(self, drafter: Drafter, launched: _Launched | None) -> list[tuple[int, int]]:
+        """Guesses follow from all that was said, so no step runs ahead of another."""
+        tokens = self._read(launched)
+        if launched is not None:
+            drafter.end(launched, len(launched.rows), len(tokens))
+        self._feed = self._sampler = None
+        drafts = drafter.drafts(self.rows)
+        if drafts is None:
+            self._launch()
+        else:
+            drafted = DraftedPass(self._model, self.rows, self._caches, drafts)
+            self._launched = _Launched(tuple(self.rows), drafted.fed, drafted=drafted)
+            mx.async_eval(drafted.outcome)  # type: ignore[no-untyped-call]
+        drafter.begin(self._launched, has_drafts=drafts is not None)
+        return tokens
+
+    def _read_drafted(self, rows: Sequence[Row], drafted: DraftedPass) -> list[tuple[int, int]]:
+        here = set(self.rows)
+        told: list[tuple[int, int]] = []
+        for place, row in enumerate(rows):
+            if row in here:
+                tokens = drafted.accept(place, row)
+                row.num_drafted = len(tokens) - 1
+                told += [(row.slot, token) for token in tokens]
+                if self._drafter is not None:
+                    self._drafter.learn(row, len(drafted.drafts[place]))
+        rewind(self.rows, self._caches)
         return told
 
     # ------------------------------------------------------------ rows under constraints

@@ -44,6 +44,11 @@ class LastRows:
         finally:
             self._last = None
 
+    def all_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """Of every token: (rows, tokens, vocabulary)."""
+        logits: mx.array = self.model(tokens, cache=caches)
+        return logits
+
     def pick(self, hidden: mx.array) -> mx.array:
         """Of (rows, tokens, size) each row's last token: (rows, 1, size)."""
         if self._last is None or hidden.ndim != 3 or hidden.shape[1] == 1:  # noqa: PLR2004

@@ -29,6 +29,7 @@ from mlxpool_server.mlx_backend import row_attention
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.capabilities import capabilities_of
+from mlxpool_server.mlx_backend.drafting.drafted_pass import can_rewind
 from mlxpool_server.mlx_backend.flat_rows import flatten_rows
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
@@ -42,7 +43,11 @@ from mlxpool_server.mlx_backend.kernel_folder import keep_kernels
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
 from mlxpool_server.mlx_backend.memory import device_kind
-from mlxpool_server.mlx_backend.model_caches import batch_problem, check_kv_quantization
+from mlxpool_server.mlx_backend.model_caches import (
+    batch_problem,
+    check_kv_quantization,
+    new_caches,
+)
 from mlxpool_server.mlx_backend.model_config import (
     check_quantization,
     class_names_of,
@@ -90,6 +95,7 @@ class MlxModel:
         prefill_tokens: int,
         *,
         kv_quantization: KvQuantization | None = None,
+        max_drafts: int = 0,
         blas: OpenBlas | None = None,
     ) -> None:
         # First, so that a head picks its rows before it flattens them.
@@ -101,6 +107,8 @@ class MlxModel:
         self._blas = blas
         self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
         self._batch_problem = batch_problem(model)
+        can_draft = not self._batch_problem and can_rewind(new_caches(model, 1))
+        self._max_drafts = max_drafts if can_draft else 0
         self._is_quantized = any(
             isinstance(module, nn.QuantizedLinear) for module in model.modules()
         )
@@ -109,6 +117,11 @@ class MlxModel:
     def batch_problem(self) -> str:
         """Why its rows cannot share a batch; empty when they can."""
         return self._batch_problem
+
+    @property
+    def max_drafts(self) -> int:
+        """0 for a model whose caches cannot forget tokens: then nothing is guessed."""
+        return self._max_drafts
 
     @property
     def resident_bytes(self) -> int:
@@ -121,6 +134,7 @@ class MlxModel:
             is_batchable=not self._batch_problem,
             prefill_tokens=self._prefill_tokens,
             kv_quantization=self._kv_quantization,
+            max_drafts=self._max_drafts,
             threads=ThreadTuner.of(self._blas),
         )
 
@@ -288,6 +302,8 @@ class MlxLoader:
                 model.warm_up(self._processors, check_wanted)
         if model.batch_problem:
             log.warning("model.not_batchable", model=spec.name, reason=model.batch_problem)
+        if spec.prompt_lookup_tokens and not model.max_drafts:
+            log.warning("model.no_drafts", model=spec.name, reason="its caches cannot forget")
         return model
 
     def _served(self, spec: ModelSpec, info: ModelInfo, module: nn.Module) -> MlxModel:
@@ -301,6 +317,7 @@ class MlxLoader:
             info.vocab_size,
             self._prefill_step_tokens,
             kv_quantization=spec.kv_quantization,
+            max_drafts=spec.prompt_lookup_tokens,
             blas=self._blas,
         )
         if device_kind() == "cuda":

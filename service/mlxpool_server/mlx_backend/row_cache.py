@@ -15,6 +15,9 @@ import mlx.core as mx
 from mlxpool_server.domain import KV_STEP_TOKENS
 from mlxpool_server.mlx_backend import row_attention
 
+# More of a row at once are written a row at a time.
+MAX_SCATTERED_TOKENS = 32
+
 
 class Lengths:
     """How many tokens each row holds: one immutable value for all the layers of a batch.
@@ -69,10 +72,10 @@ class Lengths:
         return self._masks[key]
 
     def places(self, shape: tuple[int, ...]) -> mx.array:
-        """Where one new token of each row goes, of this shape: (rows, heads, 1, head size)."""
+        """Where new tokens go, of this shape: (rows, heads, tokens, something)."""
         if shape not in self._places:
-            offsets = self.offsets[:, None, None, None]
-            self._places[shape] = mx.broadcast_to(offsets, shape)
+            places = self.offsets[:, None, None, None] + mx.arange(shape[2])[:, None]
+            self._places[shape] = mx.broadcast_to(places, shape)
         return self._places[shape]
 
     def _derive(self, rows: tuple[int, ...]) -> Lengths:
@@ -221,7 +224,7 @@ class RowCache:
             start = self.lengths.longest
             held[:, :, start : start + num_tokens] = new
             return held
-        if num_tokens == 1:
+        if num_tokens <= MAX_SCATTERED_TOKENS:
             return mx.put_along_axis(held, self.lengths.places(new.shape), new, axis=2)
         for row in range(rows):
             start = self.lengths.rows[row]

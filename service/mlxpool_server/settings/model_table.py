@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlxpool_server.domain import HubSource, KvQuantization, Layout, ModelSpec
-from mlxpool_server.settings.quantities import parse_keep_alive
+from mlxpool_server.settings.quantities import parse_keep_alive, reject_bool
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
@@ -32,6 +32,7 @@ class ModelTable(BaseModel):
     layout: Layout = Layout.AUTO
     kv_bits: Literal[4, 8] | None = None
     kv_group_size: Literal[32, 64, 128] | None = None
+    prompt_lookup_tokens: Annotated[int, BeforeValidator(reject_bool), Field(ge=0, le=16)] = 0
 
     def domain_value(self, folder: Path) -> ModelSpec:
         """Return the domain's value; a relative path starts from `folder`.
@@ -47,6 +48,7 @@ class ModelTable(BaseModel):
             keep_alive_s=self.keep_alive_s,
             layout=self.layout,
             kv_quantization=self._kv_quantization(),
+            prompt_lookup_tokens=self.prompt_lookup_tokens,
         )
 
     def _kv_quantization(self) -> KvQuantization | None:

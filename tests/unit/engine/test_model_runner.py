@@ -212,3 +212,54 @@ def test_a_row_that_the_batch_gives_up_fails_alone() -> None:
     bench.run()
     assert bench.end(0) is error
     assert bench.finished(1).text == "abc"
+
+
+# ---------------------------------------------------------------- drafts that were right
+
+
+def test_several_tokens_of_one_step() -> None:
+    """All of them arrive, in order, and those that were guessed are counted."""
+    bench = Bench()
+    bench.model.num_drafted = 2
+    bench.submit(0, "abcdef")
+    bench.run()
+    finished = bench.finished(0)
+    assert (finished.text, finished.finish_reason) == ("abcdef", FinishReason.STOP)
+    # abc, def, end: the drafts behind the end are no part of the answer.
+    assert finished.usage.completion_tokens == 7
+    assert finished.usage.accepted_draft_tokens == 2 + 2 + 1
+    (batch,) = bench.model.batches
+    assert batch.num_steps == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"max_tokens": 2}, "ab"), ({"stop_sequences": ("bc",)}, "a")],
+    ids=["max_tokens", "stop_sequences"],
+)
+def test_what_is_behind_an_end_is_dropped(changes: dict[str, Any], text: str) -> None:
+    """A row that ends in the middle of a step's tokens ends there."""
+    bench = Bench()
+    bench.model.num_drafted = 4
+    bench.submit(0, "abcdef", **changes)
+    bench.submit(1, "ghijkl")
+    bench.run()
+    assert bench.finished(0).text == text
+    assert bench.finished(1).text == "ghijkl"
+
+
+def test_a_sequence_that_fails_in_the_middle_fails_once() -> None:
+    """Its other tokens of that step go nowhere."""
+    bench = Bench()
+    bench.model.num_drafted = 3
+    bench.submit(0, "abcdef", decoder=FakeDecoder(fails_on=ord("b")))
+    bench.run()
+    ends = [item for item in bench.emitted[0] if isinstance(item, GenerationFailedError)]
+    assert len(ends) == 1
+    assert bench.end(0) is ends[0]
+
+
+def test_nothing_is_guessed_where_tokens_may_be_forced() -> None:
+    """A thought at its limit gets its end at the very next token."""
+    assert sequence_request("a", max_tokens=9).max_ahead == 9
+    assert sequence_request("a", max_tokens=9, max_reasoning_tokens=3).max_ahead == 0

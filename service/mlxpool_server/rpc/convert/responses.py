@@ -259,6 +259,7 @@ def _generation_finished(event: domain.GenerationFinished) -> pb.GenerationFinis
             cached_prompt_tokens=usage.cached_prompt_tokens,
             completion_tokens=usage.completion_tokens,
             reasoning_tokens=usage.reasoning_tokens,
+            accepted_draft_tokens=usage.accepted_draft_tokens,
         ),
         timings=pb.GenerationTimings(
             queue=duration(timings.queue_s),

@@ -1,0 +1,1 @@
+"""Guessing tokens ahead, so that one pass gives several; what is wrong is dropped."""

@@ -1,0 +1,187 @@
+"""Tokens that were guessed and checked: the same answers, in fewer passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from mlxpool_server.domain import KvQuantization, Layout, ModelSpec, SamplingParams
+from mlxpool_server.mlx_backend.batch import MlxBatch
+from mlxpool_server.mlx_backend.drafting.pace import DraftPace
+from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from tiny_models import write_model
+
+GREEDY = SamplingParams(temperature=0.0, seed=1)
+SAMPLED = SamplingParams(temperature=0.7, top_k=3, repetition_penalty=1.05, seed=5)
+# A short one, one with a circle in it, one without, one of several passes (16 tokens each).
+PROMPTS = [[1, 2, 3], [4, 5, 6] * 5, list(range(9)), [*range(40), *range(17)]]
+NUM_TOKENS = 60
+MAX_DRAFTS = 8
+
+
+def load(folder: Path, drafts: int = MAX_DRAFTS, **changes: Any) -> MlxModel:
+    loader = MlxLoader(prefill_step_tokens=16, default_layout=Layout.FLOAT32)
+    spec = ModelSpec("tiny", folder, prompt_lookup_tokens=drafts, **changes)
+    return loader.load(spec, lambda _: None, lambda: False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of few words, so that even random weights repeat themselves."""
+    return write_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> MlxModel:
+    return load(folder, 0)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> MlxModel:
+    return load(folder)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are too fast for it to pay."""
+    monkeypatch.setattr(DraftPace, "is_worth", lambda *_: True)
+
+
+class Life:
+    """A batch, and what it says."""
+
+    def __init__(self, model: MlxModel) -> None:
+        self.batch: MlxBatch = model.new_runner()
+        self.got: dict[int, list[int]] = {}
+        self.num_drafted = 0
+        self.num_steps = 0
+
+    def add(self, slot: int, prompt: list[int], sampling: SamplingParams, **more: Any) -> None:
+        self.got[slot] = []
+        self.batch.add(slot, prompt, sampling, **({"max_ahead": NUM_TOKENS} | more))
+
+    def step(self) -> None:
+        output = self.batch.step()
+        self.num_steps += 1
+        assert self.num_steps < 1000
+        for slot, token in output.tokens:
+            self.got[slot].append(token)
+        self.num_drafted += sum(count for _, count in output.drafted)
+
+    def finish(self, *slots: int) -> None:
+        """Step until these have all they want; each leaves when it has."""
+        left = set(slots or self.got)
+        while left:
+            self.step()
+            done = {slot for slot in left if len(self.got[slot]) >= NUM_TOKENS}
+            self.batch.remove(list(done))
+            left -= done
+
+
+def answers(model: MlxModel, *samplings: SamplingParams) -> Life:
+    """One row joins after the other, while those before it speak."""
+    life = Life(model)
+    for slot, prompt in enumerate(PROMPTS):
+        life.add(slot, prompt, samplings[slot % len(samplings)])
+        life.step()
+        life.step()
+    life.finish()
+    life.batch.close()
+    return life
+
+
+@pytest.mark.parametrize(
+    "samplings", [(GREEDY,), (GREEDY, SAMPLED), (SAMPLED,)], ids=["greedy", "mixed", "sampled"]
+)
+def test_nobodys_answer_changes(
+    samplings: tuple[SamplingParams, ...], plain: MlxModel, model: MlxModel
+) -> None:
+    """Token for token what the same batch says without guesses, in fewer steps."""
+    expected, got = answers(plain, *samplings), answers(model, *samplings)
+    for slot, tokens in got.got.items():
+        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert got.num_drafted > 0
+    assert got.num_steps < expected.num_steps
+    assert expected.num_drafted == 0
+
+
+def test_a_rounded_cache_forgets_as_well(folder: Path, tmp_path: Path) -> None:
+    """Keys and values in 8 bits: the same answers with and without guesses."""
+    wide = write_model(tmp_path / "wide", head_dim=32)
+    rounded = KvQuantization(8, 32)
+    expected = answers(load(wide, 0, kv_quantization=rounded), GREEDY)
+    got = answers(load(wide, kv_quantization=rounded), GREEDY)
+    for slot, tokens in got.got.items():
+        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert got.num_drafted > 0
+
+
+def test_no_more_is_guessed_than_is_wanted(model: MlxModel) -> None:
+    """The last tokens come without guesses behind them: no place is worked on that is not there."""
+    life = Life(model)
+    life.add(0, [5] * 20, GREEDY, max_ahead=10)
+    while len(life.got[0]) < 10:
+        life.step()
+    assert len(life.got[0]) == 10
+
+
+def test_rows_that_may_be_forced_or_ask_for_scores(model: MlxModel) -> None:
+    """Nothing is guessed for the first, and beside the second."""
+    life = Life(model)
+    life.add(0, [5] * 20, GREEDY, max_ahead=0)
+    life.finish()
+    life.add(1, [5] * 20, GREEDY)
+    life.add(2, [6] * 20, GREEDY, top_logprobs=1)
+    life.finish(1, 2)
+    assert life.num_drafted == 0
+
+
+def test_tokens_forced_beside_guesses(plain: MlxModel, model: MlxModel) -> None:
+    """A row whose next tokens are given gets them at once; its neighbour's guesses do no harm."""
+
+    def forced(model: MlxModel) -> dict[int, list[int]]:
+        life = Life(model)
+        life.add(0, [4, 5, 6] * 5, GREEDY)
+        life.add(1, [1, 2, 3], GREEDY, max_ahead=0)
+        while len(life.got[1]) < 5:
+            life.step()
+        life.batch.force(1, [200, 201])
+        life.finish()
+        return {slot: tokens[:NUM_TOKENS] for slot, tokens in life.got.items()}
+
+    got = forced(model)
+    assert got[1][5:7] == [200, 201]
+    assert got == forced(plain)
+
+
+def test_what_leaves_with_guesses_is_found_again(plain: MlxModel, model: MlxModel) -> None:
+    """The prompt cache holds what was said, and nothing that was only guessed."""
+    prompt = [4, 5, 6] * 30
+    expected = Life(plain)
+    expected.add(0, prompt, GREEDY)
+    expected.finish()
+    life = Life(model)
+    life.batch.limit_prompt_cache(1 << 24)
+    life.add(0, prompt, GREEDY)
+    while len(life.got[0]) < NUM_TOKENS // 2:
+        life.step()
+    life.batch.remove([0])
+    said = life.got[0][: NUM_TOKENS // 2 - 5]
+    life.add(1, [*prompt, *said], GREEDY)
+    life.finish(1)
+    assert [*said, *life.got[1]][:NUM_TOKENS] == expected.got[0][:NUM_TOKENS]
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "mamba", "qwen3_next"])
+def test_caches_that_cannot_forget(architecture: str, tmp_path: Path) -> None:
+    """A model with windows or recurrent state is served without guesses, and says so."""
+    folder = write_model(tmp_path / architecture, architecture)
+    with capture_logs() as lines:
+        model = load(folder)
+    assert [line["event"] for line in lines if line["log_level"] == "warning"] == [
+        "model.no_drafts"
+    ]
+    assert answers(model, GREEDY).num_drafted == 0
