@@ -292,6 +292,8 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     # With Role.TOOL: the call answered.
     tool_call_id: str = ""
+    # Their bytes are not kept: no model here takes them.
+    has_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)

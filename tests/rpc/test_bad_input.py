@@ -183,6 +183,30 @@ async def test_chat_without_a_template() -> None:
         await server.assert_serves()
 
 
+async def test_an_image(server: Server) -> None:
+    """CAPABILITY_MISSING, to generate from and to count: no model here can see."""
+    image = pb.ContentPart(image=pb.ImagePart(data=b"x", mime_type="image/png"))
+    prompt = _message(content=[image])
+    for call in (
+        server.models.Generate(text_request(prompt=prompt)),
+        server.models.CountTokens(pb.CountTokensRequest(model="m", prompt=prompt)),
+    ):
+        failure = await failure_of(call)
+        assert failure.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert failure.reason == "CAPABILITY_MISSING"
+        assert "image input" in failure.message
+        assert_contract(failure)
+    await server.assert_serves()
+
+
+async def test_a_part_of_no_kind(server: Server) -> None:
+    """A newer client's kind of part looks so: dropping it would change the prompt."""
+    prompt = _message(content=[pb.ContentPart()])
+    failure = await failure_of(server.models.Generate(text_request(prompt=prompt)))
+    assert failure.reason == "INVALID_FIELD"
+    assert failure.field == "prompt.chat.messages[0].content[1]"
+
+
 async def test_generation_id_in_use(server: Server) -> None:
     """The second is refused and the first is not harmed; later the id is free again."""
     files = server.files["m"]
@@ -408,10 +432,6 @@ def _message(**fields: Any) -> pb.Prompt:
 CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("adapter", text_request(adapter="a")),
-    (
-        f"{CHAT}messages[0].content[1].image",
-        text_request(prompt=_message(content=[pb.ContentPart(image=pb.ImagePart())])),
-    ),
     ("adapter", pb.LoadModelRequest(model="m", adapter="a")),
     ("draft_model", pb.LoadModelRequest(model="m", draft_model="d")),
     ("adapter", pb.GetModelRequest(model="m", adapter="a")),
@@ -444,7 +464,7 @@ HONOURED = {
     "ChatPrompt": "messages tools tool_choice enable_reasoning continue_final_message "
     "template_kwargs",
     "ChatMessage": "role content reasoning tool_calls tool_call_id",
-    "ContentPart": "text",
+    "ContentPart": "text image",
     "LoadModelRequest": "model pinned keep_alive disallow_eviction validate_only",
     "GetModelRequest": "model",
     "UnloadModelRequest": "model force",

@@ -9,6 +9,9 @@ from mlxpool_server.pool.backend import Tokenizer
 
 def check_chat(model: str, tokenizer: Tokenizer, chat: ChatPrompt) -> None:
     """Raises: CapabilityMissingError."""
+    if any(message.has_images for message in chat.messages):
+        # mlx-lm runs language models: where one can see, that part of it is left out.
+        raise CapabilityMissingError(model, "image input", "send text parts only")
     if not tokenizer.has_chat_template:
         raise CapabilityMissingError(model, "chat template", "send prompt.text instead")
     if chat.tools and not tokenizer.has_tools:

@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToDict
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool_server.domain import ChatMessage, ChatPrompt, Role, Tool, ToolCall
 from mlxpool_server.errors import InvalidFieldError
-from mlxpool_server.rpc.convert.reading import check_count, choice, refuse
+from mlxpool_server.rpc.convert.reading import check_count, choice
 
 ROLES: dict[int, Role] = {
     pb.ROLE_SYSTEM: Role.SYSTEM,
@@ -46,7 +46,7 @@ _TOOL_MODES = {
 
 
 def chat_prompt(chat: pb.ChatPrompt) -> ChatPrompt:
-    """Raises: InvalidFieldError, NotImplementedFieldError."""
+    """Raises: InvalidFieldError."""
     check_count(chat.messages, MAX_MESSAGES, f"{_PATH}messages")
     if sum(len(message.content) for message in chat.messages) > MAX_CONTENT_PARTS:
         raise InvalidFieldError(
@@ -74,10 +74,9 @@ def chat_prompt(chat: pb.ChatPrompt) -> ChatPrompt:
 
 def _message(message: pb.ChatMessage, prefix: str) -> ChatMessage:
     for index, part in enumerate(message.content):
-        refuse(part, f"{prefix}content[{index}].", "image")
-        if not part.HasField("text"):
+        if part.WhichOneof("part") is None:
             # A newer client's kind of part looks so: dropping it would change the prompt.
-            raise InvalidFieldError(f"{prefix}content[{index}]", "has no text")
+            raise InvalidFieldError(f"{prefix}content[{index}]", "has neither text nor image")
     role = choice(message.role, ROLES, f"{prefix}role")
     if role is not Role.ASSISTANT:
         for name in ("reasoning", "tool_calls"):
@@ -89,6 +88,7 @@ def _message(message: pb.ChatMessage, prefix: str) -> ChatMessage:
     return ChatMessage(
         role=role,
         text="".join(part.text for part in message.content),
+        has_images=any(part.HasField("image") for part in message.content),
         reasoning=message.reasoning,
         tool_calls=tuple(
             ToolCall(call.id, _name(call.name, f"{prefix}tool_calls[{index}].name"),
