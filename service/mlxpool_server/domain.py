@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # By how many tokens mlx-lm's KV caches grow at a time.
@@ -59,6 +59,9 @@ class KvQuantization:
     group_size: int = 64
 
 
+DRAFT_TOKENS = 4
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One catalogue entry: what an operator allows to be loaded, and how."""
@@ -75,14 +78,26 @@ class ModelSpec:
     kv_quantization: KvQuantization | None = None
     # At most so many tokens of a row are guessed at once, from those before them. 0: none.
     prompt_lookup_tokens: int = 0
+    # The name of a small model that guesses for it, at most so many tokens at once.
+    draft_model: str = ""
+    num_draft_tokens: int = DRAFT_TOKENS
+    # What the catalogue has under that name.
+    draft: ModelSpec | None = None
+
+    def with_draft(self, draft: ModelSpec) -> ModelSpec:
+        """Both held together, the small one as it is held alone."""
+        alone = ModelSpec(draft.name, draft.source, layout=draft.layout)
+        return replace(self, draft_model=draft.name, draft=alone)
 
     def is_held_as(self, other: ModelSpec) -> bool:
         """Whether what is in memory for the one serves the other."""
-        return self._held == other._held
+        return self.form == other.form
 
     @property
-    def _held(self) -> tuple[object, ...]:
-        return self.source, self.layout, self.kv_quantization, self.prompt_lookup_tokens
+    def form(self) -> tuple[object, ...]:
+        """All that decides what a load brings into memory."""
+        own = self.source, self.layout, self.kv_quantization, self.prompt_lookup_tokens
+        return own if self.draft is None else (*own, self.num_draft_tokens, self.draft.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,19 @@ class Footprint:
     # For each pair of a prompt token worked on and a token it attends to.
     score_bytes: int = 0
     logits_bytes: int = 0
+
+    def plus(self, other: Footprint) -> Footprint:
+        """Of two models that run together."""
+        return Footprint(
+            kv_bytes_per_token=self.kv_bytes_per_token + other.kv_bytes_per_token,
+            kv_windows=self.kv_windows + other.kv_windows,
+            state_bytes=self.state_bytes + other.state_bytes,
+            activation_bytes_per_token=(
+                self.activation_bytes_per_token + other.activation_bytes_per_token
+            ),
+            score_bytes=self.score_bytes + other.score_bytes,
+            logits_bytes=self.logits_bytes + other.logits_bytes,
+        )
 
     def row_bytes(self, num_tokens: int) -> int:
         """KV cache and state of one row; a cache grows by KV_STEP_TOKENS at a time."""
@@ -247,6 +275,8 @@ class LoadOptions:
     keep_alive_s: float | None = None
     disallow_eviction: bool = False
     validate_only: bool = False
+    # Empty: as it is configured, or was asked for before.
+    draft_model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,15 @@ class CapabilityMissingError(MlxpoolError):
         self.capability = capability
 
 
+class ModelInUseError(MlxpoolError):
+    """It is in memory in another form than was asked for."""
+
+    def __init__(self, model: str, draft: str) -> None:
+        has = f"the draft model {draft!r}" if draft else "no draft model"
+        super().__init__(f"{model!r} is loaded with {has}; unload it first")
+        self.model = model
+
+
 class MalformedCallError(ValueError):
     """The model wrote no tool call that can be read: its text goes to the caller, no error."""
 

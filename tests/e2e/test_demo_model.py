@@ -13,7 +13,8 @@ from mlx_lm import stream_generate
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from mlxpool_server.domain import ChatMessage, ChatPrompt, Layout, ModelSpec, Role, SamplingParams
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.memory import MlxMemory
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 

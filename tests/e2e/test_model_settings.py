@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -17,33 +18,37 @@ SENTENCE = "The quick brown fox jumps over the lazy dog near the old stone bridg
 pytestmark = [pytest.mark.demo_model, pytest.mark.timeout(300)]
 
 
-def written() -> str:
-    (block,) = (block for block in blocks("toml") if "prompt_lookup_tokens" in block)
+def written(setting: str) -> str:
+    (block,) = (block for block in blocks("toml") if setting in block)
     return block
 
 
 def repeated(text: str, demo_folder: Path, folder: Path) -> Finished:
-    """What a server with these settings answers to the same question."""
-    (model,) = tomllib.loads(text)["models"]
+    """What a server with these settings, the demo model everywhere, answers to one question."""
+    text = re.sub(r'^path = ".*?"', f'path = "{demo_folder}"', text, flags=re.MULTILINE)
+    name = tomllib.loads(text)["models"][0]["name"]
     config = folder / "mlxpool.toml"
-    config.write_text(text.replace(f'"{model["path"]}"', f'"{demo_folder}"'), encoding="utf-8")
+    config.write_text(text, encoding="utf-8")
+    question = f"Repeat word for word, three times:\n{SENTENCE}"
+    options: GenerateOptions = {"temperature": 0, "max_tokens": 60, "final_only": True}
     with (
         ServerProcess(folder / "log.jsonl", "--config", str(config)) as process,
         Client(process.address) as client,
+        client.generate(name, question, **options) as events,
     ):
-        question = f"Repeat word for word, three times:\n{SENTENCE}"
-        options: GenerateOptions = {"temperature": 0, "max_tokens": 60, "final_only": True}
-        with client.generate(model["name"], question, **options) as events:
-            *_, last = events
+        *_, last = events
     assert isinstance(last, Finished)
     return last
 
 
-def test_guesses_change_no_answer(demo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["prompt_lookup_tokens", "draft_model"])
+def test_guesses_change_no_answer(setting: str, demo_folder: Path, tmp_path: Path) -> None:
     """The same greedy tokens with them and without, and some of them were guessed."""
-    (line,) = (line for line in written().splitlines() if "prompt_lookup_tokens" in line)
-    with_guesses = repeated(written(), demo_folder, tmp_path)
-    without = repeated(written().replace(line, ""), demo_folder, tmp_path)
+    text = written(setting)
+    others = [line for line in text.splitlines() if setting not in line]
+    without_guesses = "\n".join(line for line in others if "num_draft_tokens" not in line)
+    with_guesses = repeated(text, demo_folder, tmp_path)
+    without = repeated(without_guesses, demo_folder, tmp_path)
     assert with_guesses.text == without.text
     assert with_guesses.usage.accepted_draft_tokens > 5
     assert without.usage.accepted_draft_tokens == 0

@@ -47,6 +47,8 @@ class FakeFiles:
     num_inspections: int = 0
     num_loads: int = 0
     num_tokenizer_reads: int = 0
+    # The draft model of each load; empty: none.
+    drafts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.may_load.set()
@@ -90,13 +92,16 @@ class FakeLoader:
             quantization="",
             context_length=files.context_length,
             vocab_size=files.tokenizer.vocab_size,
-            estimated_bytes=files.estimated_bytes,
+            estimated_bytes=files.estimated_bytes + self._draft_bytes(spec),
             footprint=files.footprint,
             warm_up_bytes=files.warm_up_bytes,
             revision="r1",
             capabilities=files.capabilities,
             class_names=("FakeForCausalLM",),
         )
+
+    def _draft_bytes(self, spec: ModelSpec) -> int:
+        return 0 if spec.draft is None else self._files[spec.draft.name].estimated_bytes
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:
         self._files[spec.name].num_stamps += 1
@@ -122,6 +127,7 @@ class FakeLoader:
     ) -> FakeModel:
         files = self._files[spec.name]
         files.num_loads += 1
+        files.drafts.append(spec.draft_model)
         report(LoadProgress(LoadPhase.LOADING, files.estimated_bytes // 2, files.estimated_bytes))
         files.is_loading.set()
         # As a real load looks up between two portions of weights.

@@ -95,7 +95,8 @@ class FakeBatch:
         guide: Guide | None = None,
         top_logprobs: int | None = None,
         *,
-        max_ahead: int = 0,
+        max_tokens: int = 0,
+        may_be_forced: bool = False,
     ) -> None:
         _raise_next(self.model.add_errors)
         self.joined.append(prompt)
@@ -104,7 +105,7 @@ class FakeBatch:
         self.samplings[slot] = sampling
         self.guides[slot] = guide
         self.top_logprobs[slot] = top_logprobs
-        self.num_drafted[slot] = min(self.model.num_drafted, max_ahead)
+        self.num_drafted[slot] = 0 if may_be_forced else min(self.model.num_drafted, max_tokens)
         self.largest = max(self.largest, len(self.slots))
 
     def remove(self, slots: Sequence[int]) -> None:

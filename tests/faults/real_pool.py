@@ -28,7 +28,8 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.errors import DrainingError
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.memory import MlxMemory
 from mlxpool_server.pool.catalog import Catalog
 from mlxpool_server.pool.generation import Generations

@@ -113,7 +113,7 @@ async def running_server(
     memory = memory or FakeMemory()
     logs = LogCapture()
     structlog.configure(processors=[structlog.contextvars.merge_contextvars, logs])
-    specs = specs or tuple(ModelSpec(name, Path("unread")) for name in files)
+    specs = specs or tuple(ModelSpec(name, Path("unread") / name) for name in files)
     app = App(
         Settings(**({"listen": ("127.0.0.1:0",), "drain_grace_s": 5.0} | settings)),
         Catalog.build(specs),

@@ -433,7 +433,6 @@ CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
     ("adapter", text_request(adapter="a")),
     ("adapter", pb.LoadModelRequest(model="m", adapter="a")),
-    ("draft_model", pb.LoadModelRequest(model="m", draft_model="d")),
     ("adapter", pb.GetModelRequest(model="m", adapter="a")),
     ("adapter", pb.UnloadModelRequest(model="m", adapter="a")),
     ("Embed", pb.EmbedRequest(model="m")),
@@ -465,7 +464,7 @@ HONOURED = {
     "template_kwargs",
     "ChatMessage": "role content reasoning tool_calls tool_call_id",
     "ContentPart": "text image",
-    "LoadModelRequest": "model pinned keep_alive disallow_eviction validate_only",
+    "LoadModelRequest": "model draft_model pinned keep_alive disallow_eviction validate_only",
     "GetModelRequest": "model",
     "UnloadModelRequest": "model force",
     "TokenizeRequest": "model prompt include_pieces",

@@ -33,6 +33,8 @@ from rpc.gateway_harness import (
 from rpc.harness import PATIENCE_S, release, running_server, until
 from rpc.metrics_reader import scrape
 
+# More tokens than a test lets go before it looks.
+LONG_TEXT = "abc" * 100
 OTHER_ENGINES = (
     "sglang.grpc.scheduler.SglangScheduler",
     "vllm.grpc.engine.VllmEngine",
@@ -158,13 +160,13 @@ async def test_an_unloaded_model_is_welcome_to_requests() -> None:
 async def test_a_draining_worker_finishes_what_it_has() -> None:
     """It is unhealthy, new requests go elsewhere, and the stream that runs is completed."""
     async with running_worker(stepped_files(echo)) as worker:
-        running = await first_chunk(worker, text="abc", request_id="running")
+        running = await first_chunk(worker, text=LONG_TEXT, request_id="running")
         worker.server.app.request_stop()
         await until(lambda: bool(worker.server.events("server.draining")))
         assert not (await worker.health()).healthy
         late = worker.stub.Generate(request(request_id="late"))
         assert await status_of(late) is grpc.StatusCode.UNAVAILABLE
-        release(worker.server.model, 10)
+        release(worker.server.model, 2 * len(LONG_TEXT))
         assert (await running.rest())[-1].HasField("complete")
 
 

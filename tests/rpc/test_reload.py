@@ -30,7 +30,7 @@ from rpc.harness import (
 
 
 def spec(name: str, folder: str = "unread", **fields: Any) -> ModelSpec:
-    return ModelSpec(name, Path(folder), **fields)
+    return ModelSpec(name, Path(folder) / name, **fields)
 
 
 async def reload(server: Server, *specs: ModelSpec, **settings: Any) -> None:

@@ -368,6 +368,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
         'pinned = true\npreload = true\nkeep_alive_s = "never"\nlayout = "bfloat16"\n'
         "kv_bits = 4\nkv_group_size = 32\nprompt_lookup_tokens = 8\n"
         '[[models]]\nname = "local"\npath = "/srv/local"\nkv_bits = 8\n'
+        'draft_model = "chat"\nnum_draft_tokens = 7\n'
     )
     settings = load_settings(config_file, {}, {})
     assert settings.models == (
@@ -382,7 +383,13 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
             kv_quantization=KvQuantization(4, 32),
             prompt_lookup_tokens=8,
         ),
-        ModelSpec("local", Path("/srv/local"), kv_quantization=KvQuantization(8)),
+        ModelSpec(
+            "local",
+            Path("/srv/local"),
+            kv_quantization=KvQuantization(8),
+            draft_model="chat",
+            num_draft_tokens=7,
+        ),
     )
     assert not settings.serves_demo_model
 
@@ -401,6 +408,11 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
         ('name = "a"\npath = "x"\naliases = "b"', "aliases = 'b': input should be"),
         ('name = "a"\npath = "x"\nkeep_alive_s = -1', "keep_alive_s = -1: not a keep-alive"),
         ('name = "a"\npath = "x"\nprompt_lookup_tokens = 17', "less than or equal to 16"),
+        ('name = "a"\npath = "x"\nnum_draft_tokens = 2', "num_draft_tokens without draft_model"),
+        (
+            'name = "a"\npath = "x"\ndraft_model = "b"\nprompt_lookup_tokens = 2',
+            "has draft_model and prompt_lookup_tokens",
+        ),
         ('name = "a"\npath = "x"\nkv_bits = 5', "kv_bits = 5: input should be 4 or 8"),
         ('name = "a"\npath = "x"\nkv_group_size = 32', "kv_group_size without kv_bits"),
         ('name = "a"\npath = "x"\nlayout = "q4"', "layout = 'q4': input should be 'auto'"),

@@ -60,13 +60,14 @@ class BatchRunner(Protocol):
         guide: Guide | None = None,
         top_logprobs: int | None = None,
         *,
-        max_ahead: int = 0,
+        max_tokens: int = 0,
+        may_be_forced: bool = False,
     ) -> None:
         """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary.
 
         `guide` None: any token may come. `top_logprobs`: give each token's scores, with so many
-        alternatives. None: give none. `max_ahead`: so many of its first tokens may be worked on
-        before those in front of them are known; none are forced on it.
+        alternatives. None: give none. `max_tokens`: no more are wanted, and no place behind them is
+        worked on; 0: nobody knows. `may_be_forced`: `force` may come for it, after any token.
         """
 
     def remove(self, slots: Sequence[int]) -> None:

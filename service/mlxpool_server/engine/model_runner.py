@@ -85,7 +85,8 @@ class ModelRunner:
                     request.sampling,
                     request.guide,
                     request.top_logprobs,
-                    max_ahead=request.max_ahead,
+                    max_tokens=request.max_tokens,
+                    may_be_forced=request.max_reasoning_tokens is not None,
                 )
             except Exception:  # it never joined the batch, so it fails alone
                 log.exception("sequence.not_added", model=self._name, slot=sequence.slot)

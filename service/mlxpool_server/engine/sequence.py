@@ -58,14 +58,6 @@ class SequenceRequest:
     max_reasoning_tokens: int | None = None
     reasoning_end: tuple[int, ...] = ()
 
-    @property
-    def max_ahead(self) -> int:
-        """So many of its tokens may be worked on before those in front of them are known.
-
-        Behind a thought that may have to be ended, nobody knows what comes.
-        """
-        return self.max_tokens if self.max_reasoning_tokens is None else 0
-
 
 # The model had no more to say; after any other end it would have gone on.
 _OWN_ENDS = frozenset({FinishReason.STOP})

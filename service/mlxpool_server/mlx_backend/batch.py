@@ -17,12 +17,14 @@ from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.decode import Decode
 from mlxpool_server.mlx_backend.drafting.drafter import Drafter
+from mlxpool_server.mlx_backend.drafting.paired_model import DraftModel, PairedModel
+from mlxpool_server.mlx_backend.drafting.prompt_lookup import PromptLookups
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.mask_maker import MaskMaker
 from mlxpool_server.mlx_backend.masked_sampling import MaskedSampler, masked_on_host
 from mlxpool_server.mlx_backend.memory import device_kind
-from mlxpool_server.mlx_backend.model_caches import lone_caches, new_caches
+from mlxpool_server.mlx_backend.model_caches import lone_caches
 from mlxpool_server.mlx_backend.prefill import Prefill
 from mlxpool_server.mlx_backend.prefill_pace import PrefillPace
 from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
@@ -55,9 +57,9 @@ class MlxBatch:
     ) -> None:
         """`prefill_tokens`: the most prompt tokens of one pass, all rows and padding together.
 
-        `max_drafts`: so many tokens of a row may be guessed from those before them; not 0 only
-        where its caches can forget what was wrong. `threads` chooses how many a CPU's matrix
-        products get.
+        `max_drafts`: so many tokens of a row may be guessed, by a paired model or from those before
+        them; not 0 only where caches can forget what was wrong. `threads` chooses how many a CPU's
+        matrix products get.
         """
         self._model = model
         self._vocab_size = vocab_size
@@ -69,11 +71,14 @@ class MlxBatch:
         self._last_kind: object = None
         kind = device_kind()
         self._samples_on_host = kind == "cpu"
-        self._drafter = (
-            Drafter(max_drafts, samples_on_host=self._samples_on_host)
-            if max_drafts and is_batchable
-            else None
-        )
+        self._drafter: Drafter | None = None
+        if max_drafts and is_batchable:
+            guesser = (
+                DraftModel(model, max_drafts)
+                if isinstance(model, PairedModel)
+                else PromptLookups(max_drafts)
+            )
+            self._drafter = Drafter(guesser, max_drafts, samples_on_host=self._samples_on_host)
         self._gathers_prompts = kind == "cuda" and is_batchable
         self._waiting: deque[Row] = deque()
         # Slots to be freed before the next step.
@@ -100,7 +105,8 @@ class MlxBatch:
         guide: Guide | None = None,
         top_logprobs: int | None = None,
         *,
-        max_ahead: int = 0,
+        max_tokens: int = 0,
+        may_be_forced: bool = False,
     ) -> None:
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         mask = None if guide is None else self._masks.begin(guide)
@@ -111,7 +117,8 @@ class MlxBatch:
                 sampled,
                 mask=mask,
                 top_logprobs=top_logprobs,
-                max_ahead=max_ahead,
+                max_tokens=max_tokens,
+                may_be_forced=may_be_forced,
             )
         )
 
@@ -295,15 +302,14 @@ class MlxBatch:
         )
 
     def _new_prefill(self, rows: list[Row]) -> Prefill:
-        model = self._model.model
         if not self._is_batchable:
-            return Prefill(rows, lone_caches(model, self._kv_quantization))
+            return Prefill(rows, lone_caches(self._model.model, self._kv_quantization))
         if len(rows) > 1:
-            return Prefill(rows, new_caches(model, len(rows), self._kv_quantization))
+            return Prefill(rows, self._model.new_caches(len(rows), self._kv_quantization))
         (row,) = rows
         row.num_cached, caches = self._prefixes.find(row.prompt)
         row.num_done = row.num_cached
-        return Prefill(rows, caches or new_caches(model, 1, self._kv_quantization))
+        return Prefill(rows, caches or self._model.new_caches(1, self._kv_quantization))
 
     def _sample_first(self, rows: Sequence[Row], logits: mx.array) -> None:
         sampled = [row.sampled for row in rows]

@@ -218,14 +218,14 @@ class Decode:
         if launched is not None:
             drafter.end(launched, len(launched.rows), len(tokens))
         self._feed = self._sampler = None
-        drafts = drafter.drafts(self.rows)
-        if drafts is None:
+        guesses = drafter.guess(self.rows, self._caches)
+        if guesses is None:
             self._launch()
         else:
-            drafted = DraftedPass(self._model, self.rows, self._caches, drafts)
-            self._launched = _Launched(tuple(self.rows), drafted.fed, drafted=drafted)
+            drafted = DraftedPass(self._model, self.rows, self._caches, guesses)
+            self._launched = _Launched(tuple(self.rows), guesses.fed, drafted=drafted)
             mx.async_eval(drafted.outcome)  # type: ignore[no-untyped-call]
-        drafter.begin(self._launched, has_drafts=drafts is not None)
+        drafter.begin(self._launched, has_guesses=guesses is not None)
         return tokens
 
     def _read_drafted(self, rows: Sequence[Row], drafted: DraftedPass) -> list[tuple[int, int]]:
@@ -237,7 +237,7 @@ class Decode:
                 row.num_drafted = len(tokens) - 1
                 told += [(row.slot, token) for token in tokens]
                 if self._drafter is not None:
-                    self._drafter.learn(row, len(drafted.drafts[place]))
+                    self._drafter.learn(row, drafted.guesses.counts[place], row.num_drafted)
         rewind(self.rows, self._caches)
         return told
 

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxpool_server.domain import KvQuantization
+from mlxpool_server.mlx_backend.model_caches import new_caches
 from mlxpool_server.mlx_backend.override import Call, override
 
 
@@ -29,6 +31,10 @@ class LastRows:
             head = module.get("lm_head")
             if isinstance(head, nn.Module):
                 override(head, "__call__", self._pick_first)
+
+    def new_caches(self, num_rows: int, quantization: KvQuantization | None = None) -> list[Any]:
+        """Empty ones, for so many rows of a batch. Raises: UnbatchableError."""
+        return new_caches(self.model, num_rows, quantization)
 
     def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
         """Logits of the last of each row's `counts` tokens: (rows, vocabulary)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from mlx_lm.utils import load_model
 from mlxpool_server.domain import (
     Footprint,
     HubSource,
-    KvQuantization,
     Layout,
     LoadPhase,
     LoadProgress,
@@ -26,11 +25,7 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolError
 from mlxpool_server.mlx_backend import row_attention
-from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.capabilities import capabilities_of
-from mlxpool_server.mlx_backend.drafting.drafted_pass import can_rewind
-from mlxpool_server.mlx_backend.flat_rows import flatten_rows
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
     MODEL_FILES,
@@ -40,13 +35,11 @@ from mlxpool_server.mlx_backend.hub import (
 )
 from mlxpool_server.mlx_backend.joined_products import join_products
 from mlxpool_server.mlx_backend.kernel_folder import keep_kernels
-from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.layout import Choice, LayoutChooser, OneThread, form_of
+from mlxpool_server.mlx_backend.loaded_model import Draft, MlxModel, can_forget
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.model_caches import (
-    batch_problem,
     check_kv_quantization,
-    new_caches,
 )
 from mlxpool_server.mlx_backend.model_config import (
     check_quantization,
@@ -69,7 +62,7 @@ from mlxpool_server.mlx_backend.model_size import (
 from mlxpool_server.mlx_backend.openblas import OpenBlas
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 from mlxpool_server.mlx_backend.tokenizer_files import read_tokenizer_files
-from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up, warm_up_bytes
+from mlxpool_server.mlx_backend.warm_up import warm_up_bytes
 from mlxpool_server.mlx_backend.weights import all_arrays, embedding_rows, evaluated
 from mlxpool_server.watched_file import FileState, file_state
 
@@ -85,91 +78,13 @@ WEIGHTS = ("model*.safetensors",)
 UNKNOWN_CONTEXT_LENGTH = 1 << 20
 
 
-class MlxModel:
-    """A model whose arrays are all evaluated: any thread may use it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        vocab_size: int,
-        prefill_tokens: int,
-        *,
-        kv_quantization: KvQuantization | None = None,
-        max_drafts: int = 0,
-        blas: OpenBlas | None = None,
-    ) -> None:
-        # First, so that a head picks its rows before it flattens them.
-        flatten_rows(model)
-        self._model = LastRows(model)
-        self._vocab_size = vocab_size
-        self._prefill_tokens = prefill_tokens
-        self._kv_quantization = kv_quantization
-        self._blas = blas
-        self._resident_bytes = sum(array.nbytes for array in all_arrays(model))
-        self._batch_problem = batch_problem(model)
-        can_draft = not self._batch_problem and can_rewind(new_caches(model, 1))
-        self._max_drafts = max_drafts if can_draft else 0
-        self._is_quantized = any(
-            isinstance(module, nn.QuantizedLinear) for module in model.modules()
-        )
-
-    @property
-    def batch_problem(self) -> str:
-        """Why its rows cannot share a batch; empty when they can."""
-        return self._batch_problem
-
-    @property
-    def max_drafts(self) -> int:
-        """0 for a model whose caches cannot forget tokens: then nothing is guessed."""
-        return self._max_drafts
-
-    @property
-    def resident_bytes(self) -> int:
-        return self._resident_bytes
-
-    def new_runner(self) -> MlxBatch:
-        return MlxBatch(
-            self._model,
-            vocab_size=self._vocab_size,
-            is_batchable=not self._batch_problem,
-            prefill_tokens=self._prefill_tokens,
-            kv_quantization=self._kv_quantization,
-            max_drafts=self._max_drafts,
-            threads=ThreadTuner.of(self._blas),
-        )
-
-    def warm_up(
-        self, processors: AbstractContextManager[None], check_wanted: Callable[[], None]
-    ) -> None:
-        """Run it once, before it has users, and learn whether its rows can share a batch.
-
-        `check_wanted` may raise between two steps. Raises: what a single row raises.
-        """
-        problem = warm_up(
-            self._trial_batch,
-            can_batch=not self._batch_problem,
-            is_quantized=self._is_quantized,
-            vocab_size=self._vocab_size,
-            processors=processors,
-            check_wanted=check_wanted,
-        )
-        self._batch_problem = self._batch_problem or problem
-
-    def _trial_batch(self, *, is_batchable: bool) -> MlxBatch:
-        # Without the tuner of threads, which is the engine thread's.
-        return MlxBatch(
-            self._model,
-            vocab_size=self._vocab_size,
-            is_batchable=is_batchable,
-            prefill_tokens=WARM_UP_TOKENS,
-            kv_quantization=self._kv_quantization,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Look:
     """What a model's files say, and the layout that it gets."""
 
+    folder: Path
+    # As the weights were when it began.
+    stamps: dict[str, FileState]
     info: ModelInfo
     choice: Choice
 
@@ -212,12 +127,16 @@ class MlxLoader:
 
     def inspect(self, spec: ModelSpec) -> ModelInfo | None:
         look = self._look(spec)
-        return None if look is None else look.info
+        if look is None or spec.draft is None:
+            return None if look is None else look.info
+        draft = self._look(spec.draft)
+        return None if draft is None else _together(look.info, draft.info)
 
     def _look(self, spec: ModelSpec) -> _Look | None:
         folder = _local_folder(spec)
         if folder is None:
             return None
+        stamps = _stamps(folder, WEIGHTS)
         config = read_config(spec.name, folder)
         if missing := missing_weights(folder):
             if isinstance(spec.source, HubSource):
@@ -241,7 +160,7 @@ class MlxLoader:
             capabilities=capabilities_of(folder),
             class_names=class_names_of(config),
         )
-        return _Look(info, choice)
+        return _Look(folder, stamps, info, choice)
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:
         folder = _local_folder(spec, TOKENIZER_FILES)
@@ -276,26 +195,28 @@ class MlxLoader:
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
     ) -> MlxModel:
-        folder = _local_folder(spec)
-        stamps = None if folder is None else _stamps(folder, WEIGHTS)
-        look = self._look(spec)
-        if folder is None or look is None:
+        looks = [self._look(each) for each in (spec, spec.draft) if each is not None]
+        here = [look for look in looks if look is not None]
+        if len(here) < len(looks):
             raise LoadFailedError(spec.name, "its files are not on this machine")
-        log.info("model.layout", model=spec.name, **look.choice.log_fields())
-        total_bytes = look.info.estimated_bytes
+        total_bytes = sum(look.info.estimated_bytes for look in here)
+        if spec.draft is not None:
+            self._check_tokenizers(spec, spec.draft)
 
         def check_wanted() -> None:
             if is_cancelled():
                 raise LoadSupersededError(spec.name)
 
+        def report_bytes(before: int, done_bytes: int) -> None:
+            report(LoadProgress(LoadPhase.LOADING, before + done_bytes, total_bytes))
+            check_wanted()
+
         with _as_load_failures(spec.name, ""):
-            module, _ = load_model(folder, lazy=True)
-            for done_bytes in evaluated(module, look.dtype, self._processors):
-                report(LoadProgress(LoadPhase.LOADING, done_bytes, total_bytes))
-                check_wanted()
-            if _stamps(folder, WEIGHTS) != stamps:
-                raise LoadFailedError(spec.name, "its files changed while they were read")
-            model = self._served(spec, look.info, module)
+            modules: list[nn.Module] = []
+            for look in here:
+                before = sum(array.nbytes for each in modules for array in all_arrays(each))
+                modules.append(self._read(spec, look, partial(report_bytes, before)))
+            model = self._served(spec, [look.info for look in here], modules)
         if self._warm_up:
             report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))
             with _as_load_failures(spec.name, "its first run failed: "):
@@ -306,22 +227,51 @@ class MlxLoader:
             log.warning("model.no_drafts", model=spec.name, reason="its caches cannot forget")
         return model
 
-    def _served(self, spec: ModelSpec, info: ModelInfo, module: nn.Module) -> MlxModel:
+    def _read(self, spec: ModelSpec, look: _Look, report: Callable[[int], None]) -> nn.Module:
+        """Weights in memory. `report` gets how many bytes are, and may raise."""
+        log.info("model.layout", model=spec.name, **look.choice.log_fields())
+        module, _ = load_model(look.folder, lazy=True)
+        for done_bytes in evaluated(module, look.dtype, self._processors):
+            report(done_bytes)
+        if _stamps(look.folder, WEIGHTS) != look.stamps:
+            raise LoadFailedError(spec.name, "its files changed while they were read")
         rows = embedding_rows(module)
-        if rows and info.vocab_size > rows:
+        if rows and look.info.vocab_size > rows:
             # An id beyond its rows would end the process.
-            problem = f"it claims {info.vocab_size} tokens, and has embeddings for {rows}"
+            problem = f"it claims {look.info.vocab_size} tokens, and has embeddings for {rows}"
             raise LoadFailedError(spec.name, problem)
+        return module
+
+    def _check_tokenizers(self, spec: ModelSpec, draft: ModelSpec) -> None:
+        """A guess is a token id: it has to mean the same to both."""
+        if self.load_tokenizer(spec).vocabulary != self.load_tokenizer(draft).vocabulary:
+            raise LoadFailedError(
+                spec.name, f"its draft model {draft.name!r} has another tokenizer"
+            )
+
+    def _served(
+        self, spec: ModelSpec, infos: list[ModelInfo], modules: list[nn.Module]
+    ) -> MlxModel:
+        """The second ones, if any, are its draft model's."""
+        draft = None
+        if len(modules) > 1:
+            if not all(map(can_forget, modules)):
+                problem = "a draft model needs caches that can forget, and so does the model itself"
+                raise LoadFailedError(spec.name, problem)
+            draft = Draft(modules[1], infos[1].vocab_size)
+        module = modules[0]
         model = MlxModel(
             module,
-            info.vocab_size,
+            infos[0].vocab_size,
             self._prefill_step_tokens,
+            draft=draft,
             kv_quantization=spec.kv_quantization,
-            max_drafts=spec.prompt_lookup_tokens,
+            max_drafts=spec.prompt_lookup_tokens if draft is None else spec.num_draft_tokens,
             blas=self._blas,
         )
         if device_kind() == "cuda":
-            join_products(module, self._processors)
+            for each in modules:
+                join_products(each, self._processors)
         if spec.kv_quantization is not None:
             with _as_load_failures(spec.name, "its KV cache cannot be quantised: "):
                 check_kv_quantization(module, spec.kv_quantization)
@@ -335,6 +285,17 @@ class MlxLoader:
         if layout is not Layout.AUTO:
             return Choice(layout, "set", bytes_in(Layout.STORED))
         return self._layouts.choose(form_of(headers, quantization), bytes_in)
+
+
+def _together(main: ModelInfo, draft: ModelInfo) -> ModelInfo:
+    """The first one's, with what both take."""
+    return replace(
+        main,
+        estimated_bytes=main.estimated_bytes + draft.estimated_bytes,
+        footprint=main.footprint.plus(draft.footprint),
+        warm_up_bytes=main.warm_up_bytes + draft.warm_up_bytes,
+        context_length=min(main.context_length, draft.context_length),
+    )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from mlxpool_server.engine.backend import TokenScores
 from mlxpool_server.errors import MlxpoolError
-from mlxpool_server.mlx_backend.drafting.prompt_lookup import PromptLookup
 from mlxpool_server.mlx_backend.row_mask import RowMask
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
@@ -31,10 +30,11 @@ class Row:
     top_logprobs: int | None = None
     # Those of the last token, until they are told.
     scores: TokenScores | None = None
-    # So many of its tokens may be guessed ahead; none are forced on it.
-    max_ahead: int = 0
-    # None: nothing was guessed yet.
-    lookup: PromptLookup | None = None
+    # No more are wanted of it; 0: nobody said, and none is guessed.
+    max_tokens: int = 0
+    may_be_forced: bool = False
+    # What who guesses knows about it.
+    guesser: object = None
     # How many of its last step's tokens, the first ones, were drafts.
     num_drafted: int = 0
 

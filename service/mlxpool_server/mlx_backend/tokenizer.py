@@ -85,6 +85,11 @@ class MlxTokenizer:
         return self._vocab_size
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token ids by their names."""
+        return dict(self._wrapper.get_vocab())
+
+    @property
     def max_token_chars(self) -> int:
         return self._max_token_chars
 

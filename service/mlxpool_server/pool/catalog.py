@@ -50,10 +50,12 @@ class Catalog:
             taken = {s.source.resolve() for s in configured if isinstance(s.source, Path)}
             found, skipped = _scan(models_dir, taken)
         by_name = {spec.name: spec for spec in (*configured, *found)}
+        names = _index((*configured, *found))
+        paired = {name: _paired(spec, by_name, names) for name, spec in by_name.items()}
         return cls(
             skipped=skipped,
-            _specs=MappingProxyType(dict(sorted(by_name.items()))),
-            _names=MappingProxyType(_index((*configured, *found))),
+            _specs=MappingProxyType(dict(sorted(paired.items()))),
+            _names=MappingProxyType(names),
         )
 
     def resolve(self, name: str) -> ModelSpec:
@@ -126,6 +128,19 @@ def _index(specs: Iterable[ModelSpec]) -> dict[str, str]:
                 )
             names[name] = spec.name
     return names
+
+
+def _paired(spec: ModelSpec, specs: Mapping[str, ModelSpec], names: Mapping[str, str]) -> ModelSpec:
+    """With its draft model. Raises: SettingsError."""
+    if not spec.draft_model:
+        return spec
+    name = names.get(spec.draft_model)
+    if name is None or name == spec.name:
+        raise SettingsError(
+            f"model {spec.name!r}: its draft_model {_clipped(spec.draft_model)!r} is no other "
+            "model of the catalogue; name one that is"
+        )
+    return spec.with_draft(specs[name])
 
 
 def _where(spec: ModelSpec) -> str:

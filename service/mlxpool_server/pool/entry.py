@@ -34,6 +34,8 @@ class Entry:
         # What LoadModel set, and what the last request wants for the idle time after it.
         self.keep_alive_s = self.default_keep_alive_s
         self.next_keep_alive_s: float | None = None
+        # As LoadModel named it; None: the catalogue's.
+        self.draft: ModelSpec | None = None
         self.residency: Residency | None = None
         # What its files said when they were last read.
         self.info: ModelInfo | None = None
@@ -47,6 +49,11 @@ class Entry:
         # The eviction order; a load counts as a use. No wall clock: that may step back.
         self.used_at = 0.0
         self._expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def load_spec(self) -> ModelSpec:
+        """What a load brings into memory."""
+        return self.spec if self.draft is None else self.spec.with_draft(self.draft)
 
     @property
     def error_message(self) -> str:

@@ -9,7 +9,14 @@ from functools import partial
 
 import structlog
 
-from mlxpool_server.domain import HubSource, LoadPhase, LoadProgress, ModelInfo, ModelState
+from mlxpool_server.domain import (
+    HubSource,
+    LoadPhase,
+    LoadProgress,
+    ModelInfo,
+    ModelSpec,
+    ModelState,
+)
 from mlxpool_server.engine.backend import LoadedModel
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.errors import (
@@ -59,7 +66,7 @@ class Loads:
         """Raises: what the pool was closed with."""
         if self._refusal is not None:
             raise self._refusal
-        residency = Residency(entry.spec, allow_eviction=allow_eviction)
+        residency = Residency(entry.load_spec, allow_eviction=allow_eviction)
         entry.residency = residency
         entry.error_message = ""
         self._tasks.start(self._load(entry, residency))
@@ -71,8 +78,12 @@ class Loads:
         Raises: LoadFailedError when they are no model.
         """
         if entry.info is None:
-            entry.info = await asyncio.to_thread(self._loader.inspect, entry.spec)
+            entry.info = await self.inspect_spec(entry.load_spec)
         return entry.info
+
+    async def inspect_spec(self, spec: ModelSpec) -> ModelInfo | None:
+        """As `inspect`, of what may never be loaded."""
+        return await asyncio.to_thread(self._loader.inspect, spec)
 
     def refuse(self, error: MlxpoolError) -> None:
         """Start no load from now on."""
@@ -137,11 +148,12 @@ class Loads:
         )
 
     async def _fetch_and_inspect(self, entry: Entry, residency: Residency) -> ModelInfo:
-        if isinstance(entry.spec.source, HubSource):
-            report = _threadsafe_report(residency)
-            await _run_on(self._fetcher, partial(self._loader.fetch, entry.spec, report))
+        for spec in filter(None, (residency.spec, residency.spec.draft)):
+            if isinstance(spec.source, HubSource):
+                report = _threadsafe_report(residency)
+                await _run_on(self._fetcher, partial(self._loader.fetch, spec, report))
         # Read again: the files may have changed since the catalogue was shown.
-        info = await asyncio.to_thread(self._loader.inspect, entry.spec)
+        info = await self.inspect_spec(residency.spec)
         if info is None:
             raise LoadFailedError(entry.spec.name, "its files are not on this machine")
         entry.info = info

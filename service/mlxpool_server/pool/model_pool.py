@@ -27,9 +27,11 @@ from mlxpool_server.domain import (
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.errors import (
     GenerationFailedError,
+    InvalidFieldError,
     LoadFailedError,
     LoadSupersededError,
     MlxpoolError,
+    ModelInUseError,
     ModelUnloadedError,
 )
 from mlxpool_server.pool.activity import Activity
@@ -204,16 +206,22 @@ class ModelPool:
         """Join or start the model's one load; the caller's leaving does not stop it.
 
         Raises: PoolMemoryLimitError before anything is evicted; LoadFailedError;
-        LoadSupersededError when an unload stopped it.
+        LoadSupersededError when an unload stopped it; ModelNotFoundError of the draft model, too,
+        and ModelInUseError when the model is in memory with another one.
         """
         entry = self._entries.resolve(name)
+        draft = self._entries.resolve(options.draft_model).spec if options.draft_model else None
         if options.validate_only:
-            victims = await self._foresee(entry, allow_eviction=not options.disallow_eviction)
+            victims = await self._foresee(
+                entry, draft, allow_eviction=not options.disallow_eviction
+            )
             yield LoadFinished(await self._status(entry), entry.is_ready, victims, duration_s=0.0)
             return
         while (residency := entry.residency) and residency.state is ModelState.UNLOADING:
             if not await residency.changed.wait(self._heartbeat_s):
                 yield LoadProgress(LoadPhase.QUEUED)
+        if draft is not None:
+            self._set_draft(entry, draft)
         is_loaded = entry.is_ready
         residency = entry.residency or self.start_load(
             entry, allow_eviction=not options.disallow_eviction
@@ -351,9 +359,27 @@ class ModelPool:
         entry.next_keep_alive_s = None
         self._unloads.schedule_expiry(entry)
 
-    async def _foresee(self, entry: Entry, *, allow_eviction: bool) -> tuple[str, ...]:
-        """Whom a load would evict; nobody is. Raises: PoolMemoryLimitError, LoadFailedError."""
-        info = None if entry.residency else await self._loads.inspect(entry)
+    def _set_draft(self, entry: Entry, draft: ModelSpec) -> None:
+        """For this load and those to come. Raises: ModelInUseError, InvalidFieldError."""
+        wanted = _with_draft(entry, draft)
+        if entry.load_spec.is_held_as(wanted):
+            return
+        if entry.residency is not None:
+            raise ModelInUseError(entry.spec.name, entry.residency.spec.draft_model)
+        entry.draft = draft
+        entry.info = None
+
+    async def _foresee(
+        self, entry: Entry, draft: ModelSpec | None, *, allow_eviction: bool
+    ) -> tuple[str, ...]:
+        """Whom a load would evict; nobody is.
+
+        Raises: PoolMemoryLimitError, LoadFailedError, ModelInUseError, InvalidFieldError.
+        """
+        wanted = entry.load_spec if draft is None else _with_draft(entry, draft)
+        if entry.residency is not None and not entry.residency.spec.is_held_as(wanted):
+            raise ModelInUseError(entry.spec.name, entry.residency.spec.draft_model)
+        info = None if entry.residency else await self._loads.inspect_spec(wanted)
         if info is None or entry.residency is not None:
             return ()
         victims = self._eviction.choose_victims(
@@ -369,3 +395,10 @@ class ModelPool:
             problem = error.problem
         stats = self._engine.stats(entry.spec.name)
         return entry.status(stats, self._ledger.held_by(entry.residency), problem)
+
+
+def _with_draft(entry: Entry, draft: ModelSpec) -> ModelSpec:
+    """Raises: InvalidFieldError."""
+    if draft.name == entry.spec.name:
+        raise InvalidFieldError("draft_model", "is the model itself; name a smaller one")
+    return entry.spec.with_draft(draft)

@@ -90,6 +90,8 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
             return RpcStatus(code.ALREADY_EXISTS, "GENERATION_ID_IN_USE", message)
         case errors.ModelNotLoadedError():
             return RpcStatus(code.FAILED_PRECONDITION, "MODEL_NOT_LOADED", message)
+        case errors.ModelInUseError():
+            return RpcStatus(code.FAILED_PRECONDITION, "MODEL_IN_USE", message)
         case errors.CapabilityMissingError():
             return RpcStatus(code.FAILED_PRECONDITION, "CAPABILITY_MISSING", message)
         case errors.MemoryInUseError():

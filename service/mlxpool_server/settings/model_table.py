@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mlxpool_server.domain import HubSource, KvQuantization, Layout, ModelSpec
+from mlxpool_server.domain import DRAFT_TOKENS, HubSource, KvQuantization, Layout, ModelSpec
 from mlxpool_server.settings.quantities import parse_keep_alive, reject_bool
 
 _HUB_ID = re.compile(
@@ -32,6 +32,8 @@ class ModelTable(BaseModel):
     layout: Layout = Layout.AUTO
     kv_bits: Literal[4, 8] | None = None
     kv_group_size: Literal[32, 64, 128] | None = None
+    draft_model: str | None = None
+    num_draft_tokens: Annotated[int | None, BeforeValidator(reject_bool), Field(ge=1, le=16)] = None
     prompt_lookup_tokens: Annotated[int, BeforeValidator(reject_bool), Field(ge=0, le=16)] = 0
 
     def domain_value(self, folder: Path) -> ModelSpec:
@@ -49,7 +51,16 @@ class ModelTable(BaseModel):
             layout=self.layout,
             kv_quantization=self._kv_quantization(),
             prompt_lookup_tokens=self.prompt_lookup_tokens,
+            draft_model=self._draft_model(),
+            num_draft_tokens=self.num_draft_tokens or DRAFT_TOKENS,
         )
+
+    def _draft_model(self) -> str:
+        if self.num_draft_tokens is not None and self.draft_model is None:
+            raise ValueError("has num_draft_tokens without draft_model; write both or neither")
+        if self.draft_model is not None and self.prompt_lookup_tokens:
+            raise ValueError("has draft_model and prompt_lookup_tokens; write one of them")
+        return self.draft_model or ""
 
     def _kv_quantization(self) -> KvQuantization | None:
         if self.kv_bits is None:

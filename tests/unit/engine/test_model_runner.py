@@ -261,5 +261,8 @@ def test_a_sequence_that_fails_in_the_middle_fails_once() -> None:
 
 def test_nothing_is_guessed_where_tokens_may_be_forced() -> None:
     """A thought at its limit gets its end at the very next token."""
-    assert sequence_request("a", max_tokens=9).max_ahead == 9
-    assert sequence_request("a", max_tokens=9, max_reasoning_tokens=3).max_ahead == 0
+    bench = Bench()
+    bench.model.num_drafted = 2
+    bench.submit(0, "abcdef", max_reasoning_tokens=3)
+    bench.run()
+    assert bench.finished(0).usage.accepted_draft_tokens == 0

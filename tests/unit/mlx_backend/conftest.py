@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlxpool_server.domain import Layout, ModelSpec
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from tiny_models import write_model
 
 

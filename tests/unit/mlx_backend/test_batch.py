@@ -13,7 +13,8 @@ from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import Layout, ModelSpec, SamplingParams
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from tiny_models import ARCHITECTURES, write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)

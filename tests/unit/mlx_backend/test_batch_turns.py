@@ -16,7 +16,8 @@ from mlxpool_server.domain import Layout, ModelSpec, SamplingParams
 from mlxpool_server.mlx_backend import batch as batch_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.last_rows import LastRows
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.model_caches import batch_problem
 from mlxpool_server.mlx_backend.prefill_pace import MIN_STALL_S
 from references.generation import greedy_alone

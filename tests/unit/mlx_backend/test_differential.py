@@ -27,7 +27,8 @@ from mlxpool_server.engine.output_stream import OutputStream
 from mlxpool_server.errors import DrainingError
 from mlxpool_server.mlx_backend import batch as batch_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from references.generation import greedy_alone
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, VOCAB_SIZE, write_model
 

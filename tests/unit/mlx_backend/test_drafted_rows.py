@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 from mlxpool_server.domain import KvQuantization, Layout, ModelSpec, SamplingParams
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.drafting.pace import DraftPace
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from tiny_models import write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
@@ -61,7 +62,7 @@ class Life:
 
     def add(self, slot: int, prompt: list[int], sampling: SamplingParams, **more: Any) -> None:
         self.got[slot] = []
-        self.batch.add(slot, prompt, sampling, **({"max_ahead": NUM_TOKENS} | more))
+        self.batch.add(slot, prompt, sampling, **({"max_tokens": NUM_TOKENS} | more))
 
     def step(self) -> None:
         output = self.batch.step()
@@ -122,7 +123,7 @@ def test_a_rounded_cache_forgets_as_well(folder: Path, tmp_path: Path) -> None:
 def test_no_more_is_guessed_than_is_wanted(model: MlxModel) -> None:
     """The last tokens come without guesses behind them: no place is worked on that is not there."""
     life = Life(model)
-    life.add(0, [5] * 20, GREEDY, max_ahead=10)
+    life.add(0, [5] * 20, GREEDY, max_tokens=10)
     while len(life.got[0]) < 10:
         life.step()
     assert len(life.got[0]) == 10
@@ -131,7 +132,7 @@ def test_no_more_is_guessed_than_is_wanted(model: MlxModel) -> None:
 def test_rows_that_may_be_forced_or_ask_for_scores(model: MlxModel) -> None:
     """Nothing is guessed for the first, and beside the second."""
     life = Life(model)
-    life.add(0, [5] * 20, GREEDY, max_ahead=0)
+    life.add(0, [5] * 20, GREEDY, may_be_forced=True)
     life.finish()
     life.add(1, [5] * 20, GREEDY)
     life.add(2, [6] * 20, GREEDY, top_logprobs=1)
@@ -145,7 +146,7 @@ def test_tokens_forced_beside_guesses(plain: MlxModel, model: MlxModel) -> None:
     def forced(model: MlxModel) -> dict[int, list[int]]:
         life = Life(model)
         life.add(0, [4, 5, 6] * 5, GREEDY)
-        life.add(1, [1, 2, 3], GREEDY, max_ahead=0)
+        life.add(1, [1, 2, 3], GREEDY, may_be_forced=True)
         while len(life.got[1]) < 5:
             life.step()
         life.batch.force(1, [200, 201])

@@ -29,7 +29,8 @@ from mlxpool_server.domain import (
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 from mlxpool_server.mlx_backend import loader as loader_module
 from mlxpool_server.mlx_backend import weights as weights_module
-from mlxpool_server.mlx_backend.loader import UNKNOWN_CONTEXT_LENGTH, MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import UNKNOWN_CONTEXT_LENGTH, MlxLoader
 from mlxpool_server.mlx_backend.weights import embedding_rows
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, write_byte_level, write_model
 

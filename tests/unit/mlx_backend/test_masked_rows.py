@@ -15,7 +15,8 @@ from mlxpool_server.engine.backend import Guide
 from mlxpool_server.errors import BadConstraintError, MlxpoolError
 from mlxpool_server.mlx_backend import mask_maker
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.tokenizer import MlxTokenizer
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)

@@ -10,7 +10,8 @@ import pytest
 
 from mlxpool_server.domain import Layout, ModelSpec, SamplingParams
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from tiny_models import ARCHITECTURES, write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)

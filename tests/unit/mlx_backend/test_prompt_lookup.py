@@ -40,9 +40,9 @@ def test_drafts_that_do_not_pay_are_paused() -> None:
     """Where a token costs more with them than without; they are tried again, for so many rows."""
     pace = DraftPace()
     for _ in range(MIN_PASSES):
-        pace.learn(4, 4, 0.010, has_drafts=False)
+        pace.learn(4, 4, 0.010, has_guesses=False)
         assert pace.is_worth(4)
-        pace.learn(4, 5, 0.030, has_drafts=True)
+        pace.learn(4, 5, 0.030, has_guesses=True)
     asked = [pace.is_worth(4) for _ in range(PAUSE_STEPS + 1)]
     assert asked == [False] * PAUSE_STEPS + [True]
     assert pace.is_worth(1)
@@ -52,6 +52,6 @@ def test_drafts_that_pay_go_on() -> None:
     """A pass may take three times as long when it brings four times the tokens."""
     pace = DraftPace()
     for _ in range(10 * MIN_PASSES):
-        pace.learn(1, 1, 0.010, has_drafts=False)
-        pace.learn(1, 4, 0.030, has_drafts=True)
+        pace.learn(1, 1, 0.010, has_guesses=False)
+        pace.learn(1, 4, 0.030, has_guesses=True)
         assert pace.is_worth(1)

@@ -14,7 +14,8 @@ from mlx_lm.utils import load_model
 
 from mlxpool_server.domain import KvQuantization, Layout, ModelSpec, SamplingParams
 from mlxpool_server.errors import LoadFailedError
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.quantized_row_cache import QuantizedRowCache
 from mlxpool_server.mlx_backend.row_cache import Lengths
 from tiny_models import RARE_ARCHITECTURES, write_model

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 from mlxpool_server.domain import SamplingParams
 from mlxpool_server.engine.backend import TokenScores
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.row import Row
 from mlxpool_server.mlx_backend.sampling.row import SampledRow

@@ -15,7 +15,8 @@ from mlxpool_server.domain import Footprint, Layout, LoadPhase, LoadProgress, Mo
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 from mlxpool_server.mlx_backend import warm_up as warm_up_module
 from mlxpool_server.mlx_backend.batch import MlxBatch
-from mlxpool_server.mlx_backend.loader import MlxLoader, MlxModel
+from mlxpool_server.mlx_backend.loaded_model import MlxModel
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.warm_up import PROMPT_TOKENS, warm_up_bytes
 from tiny_models import ARCHITECTURES, RARE_ARCHITECTURES, write_model
 

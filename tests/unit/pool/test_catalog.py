@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mlxpool_server.domain import HubSource, ModelSpec
+from mlxpool_server.domain import HubSource, Layout, ModelSpec
 from mlxpool_server.errors import ModelNotFoundError, SettingsError
 from mlxpool_server.pool.catalog import Catalog, read_model_type
 from mlxpool_server.pool.config_file import MAX_CONFIG_BYTES
@@ -224,3 +225,24 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(SettingsError, match="is no regular file"):
         read_model_type(tmp_path)
+
+
+# ---------------------------------------------------------------- draft models
+
+
+def test_a_draft_model_is_found_by_its_name() -> None:
+    """Or by an alias; of its own settings the layout counts, and nothing else."""
+    small = ModelSpec("small", Path("s"), aliases=("tiny",), layout=Layout.FLOAT16, pinned=True)
+    large = ModelSpec("large", Path("l"), draft_model="tiny", num_draft_tokens=6)
+    found = Catalog.build([large, small]).resolve("large")
+    assert found.draft == ModelSpec("small", Path("s"), layout=Layout.FLOAT16)
+    assert (found.draft_model, found.num_draft_tokens) == ("small", 6)
+    assert not found.is_held_as(Catalog.build([replace(large, draft_model="")]).resolve("large"))
+
+
+@pytest.mark.parametrize("name", ["nobody", "large", "also-large"])
+def test_a_draft_model_has_to_be_another_one_of_the_catalogue(name: str) -> None:
+    """The start says which model's it is."""
+    large = ModelSpec("large", Path("l"), aliases=("also-large",), draft_model=name)
+    with pytest.raises(SettingsError, match=f"'large': its draft_model '{name}' is no other model"):
+        Catalog.build([large])

@@ -50,6 +50,9 @@ EXAMPLES: dict[type[errors.MlxpoolError], tuple[errors.MlxpoolError, CODE, str]]
     errors.ModelNotLoadedError: (
         errors.ModelNotLoadedError(LONG), CODE.FAILED_PRECONDITION, "MODEL_NOT_LOADED",
     ),
+    errors.ModelInUseError: (
+        errors.ModelInUseError(LONG, LONG), CODE.FAILED_PRECONDITION, "MODEL_IN_USE",
+    ),
     errors.CapabilityMissingError: (
         errors.CapabilityMissingError(LONG, LONG, LONG),
         CODE.FAILED_PRECONDITION, "CAPABILITY_MISSING",

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxpool_server.mlx_backend.drafting.drafter import Guesses
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.row import Row
@@ -24,34 +25,23 @@ class DraftedPass:
     """Begun when it is made. Its caches hold all it was fed until `rewind`."""
 
     def __init__(
-        self,
-        model: LastRows,
-        rows: Sequence[Row],
-        caches: list[Any],
-        drafts: Sequence[Sequence[int]],
+        self, model: LastRows, rows: Sequence[Row], caches: list[Any], guesses: Guesses
     ) -> None:
         """Rows that are no plain greedy ones are sampled by numpy: on a CPU."""
-        self.drafts = [list(each) for each in drafts]
-        longest = 1 + max(map(len, self.drafts))
-        fed = [
-            [row.token, *draft, *([0] * (longest - 1 - len(draft)))]
-            for row, draft in zip(rows, self.drafts, strict=True)
-        ]
-        # (rows, tokens).
-        self.fed = mx.array(fed, dtype=mx.uint32)
-        logits = model.all_logits(self.fed, caches)
+        self.guesses = guesses
+        logits = model.all_logits(guesses.fed, caches)
         self._is_greedy = all(row.is_plain_greedy for row in rows)
         # What is likeliest behind each, or logits: (rows, tokens, vocabulary).
         self.outcome = mx.argmax(logits, axis=-1) if self._is_greedy else logits.astype(mx.float32)
 
     def accept(self, place: int, row: Row) -> list[int]:
-        """Let the row take what the model says; return that, the drafts that stand first."""
+        """Let the row take what the model says; return that, the guesses that stand first."""
         told: list[int] = []
-        draft = self.drafts[place]
+        guessed = as_numpy(self.guesses.fed)[place, 1:].tolist()
         for index, token in enumerate(self._tokens(place, row)):
             row.accept(token)
             told.append(row.token)
-            if index == len(draft) or draft[index] != row.token:
+            if index == self.guesses.counts[place] or guessed[index] != row.token:
                 break
         return told
 

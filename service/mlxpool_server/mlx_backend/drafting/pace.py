@@ -1,4 +1,4 @@
-"""Whether drafts are worth it: measured, since a wider pass costs more where rows are many."""
+"""Whether guesses are worth it: measured, since a wider pass costs more where rows are many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 WEIGHT = 0.2
 # Passes of each kind before they are compared.
 MIN_PASSES = 8
-# Steps without drafts before they are tried again.
+# Steps without guesses before they are tried again.
 PAUSE_STEPS = 256
 
 
@@ -43,10 +43,12 @@ class DraftPace:
                 self._costs.pop((kind, True), None)
         return left == 0
 
-    def learn(self, num_rows: int, num_tokens: int, duration_s: float, *, has_drafts: bool) -> None:
+    def learn(
+        self, num_rows: int, num_tokens: int, duration_s: float, *, has_guesses: bool
+    ) -> None:
         """Tell what a pass took, from its launch to its tokens."""
         kind = (num_rows - 1).bit_length()
-        cost = self._costs.setdefault((kind, has_drafts), _Cost())
+        cost = self._costs.setdefault((kind, has_guesses), _Cost())
         cost.learn(duration_s / max(1, num_tokens))
         plain, drafted = (self._costs.get((kind, each)) for each in (False, True))
         if plain is None or drafted is None:

@@ -132,8 +132,9 @@ def stop_token_ids(token_ids: Collection[int], path: str) -> frozenset[int]:
 
 
 def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
-    refuse(request, "", "adapter", "draft_model")
+    refuse(request, "", "adapter")
     return _model(request.model), LoadOptions(
+        draft_model=request.draft_model,
         pinned=request.pinned if request.HasField("pinned") else None,
         keep_alive_s=_keep_alive(request),
         disallow_eviction=request.disallow_eviction,
