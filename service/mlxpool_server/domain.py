@@ -60,6 +60,8 @@ class KvQuantization:
 
 
 DRAFT_TOKENS = 4
+# Between a model's name and its adapter's, in logs and metrics; no name has it.
+ADAPTER_SIGN = "+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,31 @@ class ModelSpec:
     kv_quantization: KvQuantization | None = None
     # At most so many tokens of a row are guessed at once, from those before them. 0: none.
     prompt_lookup_tokens: int = 0
+    # LoRA adapters: name and folder.
+    adapters: tuple[tuple[str, Path], ...] = ()
+    # For what the pool holds of an adapter: which one, and where it is. `name` is both names, then.
+    adapter: str = ""
+    adapter_folder: Path | None = None
     # The name of a small model that guesses for it, at most so many tokens at once.
     draft_model: str = ""
     num_draft_tokens: int = DRAFT_TOKENS
     # What the catalogue has under that name.
     draft: ModelSpec | None = None
+
+    def of_adapter(self, adapter: str, folder: Path) -> ModelSpec:
+        """The adapter alone, for this model, which it needs."""
+        return ModelSpec(
+            f"{self.name}{ADAPTER_SIGN}{adapter}",
+            self.source,
+            layout=self.layout,
+            adapter=adapter,
+            adapter_folder=folder,
+        )
+
+    @property
+    def model(self) -> str:
+        """The model's own name, of an adapter, too."""
+        return self.name.rpartition(ADAPTER_SIGN)[0] if self.adapter else self.name
 
     def with_draft(self, draft: ModelSpec) -> ModelSpec:
         """Both held together, the small one as it is held alone."""
@@ -96,7 +118,10 @@ class ModelSpec:
     @property
     def form(self) -> tuple[object, ...]:
         """All that decides what a load brings into memory."""
-        own = self.source, self.layout, self.kv_quantization, self.prompt_lookup_tokens
+        own = (
+            self.source, self.layout, self.kv_quantization, self.prompt_lookup_tokens,
+            bool(self.adapters), self.adapter_folder,
+        )  # fmt: skip
         return own if self.draft is None else (*own, self.num_draft_tokens, self.draft.form)
 
 
@@ -197,6 +222,9 @@ class ModelStatus:
     name: str
     state: ModelState
     info: ModelInfo | None = None
+    # Of what the pool holds of an adapter: which one.
+    adapter: str = ""
+    available_adapters: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     error_message: str = ""
     resident_bytes: int = 0
@@ -277,6 +305,8 @@ class LoadOptions:
     validate_only: bool = False
     # Empty: as it is configured, or was asked for before.
     draft_model: str = ""
+    # Empty: the model itself.
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +475,8 @@ class OutputOptions:
 class GenerationRequest:
     model: str
     prompt: Prompt
+    # Empty: the model as it is.
+    adapter: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: StopConditions = field(default_factory=StopConditions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -484,6 +516,7 @@ class GenerationStarted:
     model: str
     revision: str
     seed: int
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -615,6 +648,7 @@ class ModelMemory:
     resident_bytes: int
     active_kv_bytes: int
     prompt_cache_bytes: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,17 @@ class CapabilityMissingError(MlxpoolError):
         self.capability = capability
 
 
+class AdapterNotFoundError(MlxpoolError, LookupError):
+    """`known` are a few of the model's adapters."""
+
+    def __init__(self, model: str, adapter: str, known: tuple[str, ...] = ()) -> None:
+        what = f"; it has {', '.join(known)}" if known else ""
+        super().__init__(f"{model!r} has no adapter {adapter!r}{what}")
+        self.model = model
+        self.adapter = adapter
+        self.known = known
+
+
 class ModelInUseError(MlxpoolError):
     """It is in memory in another form than was asked for."""
 

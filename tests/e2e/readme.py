@@ -51,5 +51,10 @@ def needs_tools(words: Sequence[str]) -> bool:
     return any('"qwen3"' in word for word in words)
 
 
+def needs_adapter(text: str) -> bool:
+    """Whether the server has to be set up as the README's table says."""
+    return '"adapter": ' in text or "adapter=" in text
+
+
 def at(address: str, text: str) -> str:
     return text.replace(DEFAULT_ADDRESS, address)

@@ -8,16 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from e2e.readme import DEFAULT_ADDRESS, at, grpcurl_examples, needs_tools, python_examples
+from e2e.readme import (
+    DEFAULT_ADDRESS,
+    at,
+    grpcurl_examples,
+    needs_adapter,
+    needs_tools,
+    python_examples,
+)
 from e2e.server_process import environment
 
 TIMEOUT_S = 120
 
 pytestmark = [pytest.mark.demo_model, pytest.mark.timeout(600)]
 
-# Those that need a model which calls tools are test_readme_tools.py's.
-GRPCURL = [words for words in grpcurl_examples() if not needs_tools(words)]
-PYTHON = python_examples()
+# Those that need a model which calls tools are test_readme_tools.py's, those that need an adapter
+# test_readme_adapters.py's.
+GRPCURL = [
+    words
+    for words in grpcurl_examples()
+    if not needs_tools(words) and not needs_adapter(" ".join(words))
+]
+PYTHON = [code for code in python_examples() if not needs_adapter(code)]
 
 
 def title(words: list[str]) -> str:

@@ -70,6 +70,14 @@ class FakeFiles:
         return cls(estimated_bytes=num_bytes, model=model)
 
 
+@dataclass(frozen=True)
+class FakeAdapter:
+    """`name` is both names, its model's and its own."""
+
+    name: str
+    resident_bytes: int
+
+
 class FakeLoader:
     def __init__(self, files: Mapping[str, FakeFiles]) -> None:
         self._files = files
@@ -124,7 +132,7 @@ class FakeLoader:
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
-    ) -> FakeModel:
+    ) -> FakeModel | FakeAdapter:
         files = self._files[spec.name]
         files.num_loads += 1
         files.drafts.append(spec.draft_model)
@@ -136,4 +144,4 @@ class FakeLoader:
                 raise LoadSupersededError(spec.name)
         if files.load_error is not None:
             raise files.load_error
-        return files.model
+        return FakeAdapter(spec.name, files.model.resident_bytes) if spec.adapter else files.model

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fakes.tokenizer import EOS
 from mlxpool_server.domain import SamplingParams
-from mlxpool_server.engine.backend import Guide, StepOutput, TokenScores
+from mlxpool_server.engine.backend import Guide, LoadedAdapter, StepOutput, TokenScores
 from mlxpool_server.errors import MlxpoolError
 
 Script = Callable[[Sequence[int]], Iterator[int]]
@@ -83,6 +83,7 @@ class FakeBatch:
         self.num_drafted: dict[int, int] = {}
         # In the order in which they joined.
         self.joined: list[Sequence[int]] = []
+        self.adapters: list[LoadedAdapter | None] = []
         self.largest = 0
         self.num_steps = 0
         self.threads: set[str] = set()
@@ -97,6 +98,7 @@ class FakeBatch:
         *,
         max_tokens: int = 0,
         may_be_forced: bool = False,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         _raise_next(self.model.add_errors)
         self.joined.append(prompt)
@@ -105,6 +107,7 @@ class FakeBatch:
         self.samplings[slot] = sampling
         self.guides[slot] = guide
         self.top_logprobs[slot] = top_logprobs
+        self.adapters.append(adapter)
         self.num_drafted[slot] = 0 if may_be_forced else min(self.model.num_drafted, max_tokens)
         self.largest = max(self.largest, len(self.slots))
 

@@ -431,10 +431,6 @@ def _message(**fields: Any) -> pb.Prompt:
 
 CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
-    ("adapter", text_request(adapter="a")),
-    ("adapter", pb.LoadModelRequest(model="m", adapter="a")),
-    ("adapter", pb.GetModelRequest(model="m", adapter="a")),
-    ("adapter", pb.UnloadModelRequest(model="m", adapter="a")),
     ("Embed", pb.EmbedRequest(model="m")),
 ]
 
@@ -456,17 +452,18 @@ async def test_not_implemented(server: Server, field: str, request_: Message) ->
 
 # Fields that this server honours, or that name what another field of the table is about.
 HONOURED = {
-    "GenerateRequest": "model prompt sampling stop constraint output generation_id priority "
-    "keep_alive require_loaded disable_prompt_cache",
+    "GenerateRequest": "model adapter prompt sampling stop constraint output generation_id "
+    "priority keep_alive require_loaded disable_prompt_cache",
     "StopConditions": "max_tokens max_reasoning_tokens sequences token_ids ignore_eos max_duration",
     "OutputOptions": "final_only include_token_ids top_logprobs",
     "ChatPrompt": "messages tools tool_choice enable_reasoning continue_final_message "
     "template_kwargs",
     "ChatMessage": "role content reasoning tool_calls tool_call_id",
     "ContentPart": "text image",
-    "LoadModelRequest": "model draft_model pinned keep_alive disallow_eviction validate_only",
-    "GetModelRequest": "model",
-    "UnloadModelRequest": "model force",
+    "LoadModelRequest": "model adapter draft_model pinned keep_alive disallow_eviction "
+    "validate_only",
+    "GetModelRequest": "model adapter",
+    "UnloadModelRequest": "model adapter force",
     "TokenizeRequest": "model prompt include_pieces",
     "CountTokensRequest": "model prompt",
 }

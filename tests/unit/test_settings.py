@@ -369,6 +369,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
         "kv_bits = 4\nkv_group_size = 32\nprompt_lookup_tokens = 8\n"
         '[[models]]\nname = "local"\npath = "/srv/local"\nkv_bits = 8\n'
         'draft_model = "chat"\nnum_draft_tokens = 7\n'
+        'adapters = { pirate = "/srv/pirate", poet = "poet" }\n'
     )
     settings = load_settings(config_file, {}, {})
     assert settings.models == (
@@ -387,6 +388,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
             "local",
             Path("/srv/local"),
             kv_quantization=KvQuantization(8),
+            adapters=(("pirate", Path("/srv/pirate")), ("poet", config_file.parent / "poet")),
             draft_model="chat",
             num_draft_tokens=7,
         ),
@@ -413,6 +415,7 @@ def test_a_model_table_becomes_a_model(config_file: Path) -> None:
             'name = "a"\npath = "x"\ndraft_model = "b"\nprompt_lookup_tokens = 2',
             "has draft_model and prompt_lookup_tokens",
         ),
+        ('name = "a"\npath = "x"\nadapters = { "a+b" = "y" }', "adapters: 'a+b' is not a valid"),
         ('name = "a"\npath = "x"\nkv_bits = 5', "kv_bits = 5: input should be 4 or 8"),
         ('name = "a"\npath = "x"\nkv_group_size = 32', "kv_group_size without kv_bits"),
         ('name = "a"\npath = "x"\nlayout = "q4"', "layout = 'q4': input should be 'auto'"),

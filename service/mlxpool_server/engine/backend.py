@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mlxpool_server.domain import OutputPart, SamplingParams
 from mlxpool_server.errors import MlxpoolError
@@ -62,12 +62,14 @@ class BatchRunner(Protocol):
         *,
         max_tokens: int = 0,
         may_be_forced: bool = False,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         """Join the batch at the next step. `prompt` is not empty, its ids are in the vocabulary.
 
         `guide` None: any token may come. `top_logprobs`: give each token's scores, with so many
         alternatives. None: give none. `max_tokens`: no more are wanted, and no place behind them is
         worked on; 0: nobody knows. `may_be_forced`: `force` may come for it, after any token.
+        `adapter`: one that was loaded for this model. None: the model as it is.
         """
 
     def remove(self, slots: Sequence[int]) -> None:
@@ -101,6 +103,15 @@ class BatchRunner(Protocol):
         """Drop the batch and everything it holds."""
 
 
+@runtime_checkable
+class LoadedAdapter(Protocol):
+    """What changes a model for some of its rows; in memory, so that any thread may use it."""
+
+    @property
+    def resident_bytes(self) -> int: ...
+
+
+@runtime_checkable
 class LoadedModel(Protocol):
     """Weights in memory, fully evaluated, so that any thread may use them."""
 

@@ -87,6 +87,7 @@ class ModelRunner:
                     request.top_logprobs,
                     max_tokens=request.max_tokens,
                     may_be_forced=request.max_reasoning_tokens is not None,
+                    adapter=request.adapter,
                 )
             except Exception:  # it never joined the batch, so it fails alone
                 log.exception("sequence.not_added", model=self._name, slot=sequence.slot)

@@ -18,7 +18,13 @@ from mlxpool_server.domain import (
     TokenLogprob,
     TokenUsage,
 )
-from mlxpool_server.engine.backend import ChannelSorter, Guide, TextDecoder, TokenScores
+from mlxpool_server.engine.backend import (
+    ChannelSorter,
+    Guide,
+    LoadedAdapter,
+    TextDecoder,
+    TokenScores,
+)
 from mlxpool_server.engine.channel_fold import ChannelFold
 from mlxpool_server.engine.stop_matcher import StopMatcher
 from mlxpool_server.engine.text_fold import TextFold
@@ -52,6 +58,8 @@ class SequenceRequest:
     priority: Priority = Priority.NORMAL
     # None: any token may come.
     guide: Guide | None = None
+    # None: the model as it is.
+    adapter: LoadedAdapter | None = None
     # None: all of it is text.
     sorter: ChannelSorter | None = None
     # So many tokens of thoughts, then these tokens end them. None: no limit.

@@ -103,6 +103,12 @@ class Instruments:
             ("model", "constraint"),
             registry=self.registry,
         )
+        self._adapted = Counter(
+            "mlxpool_adapter_generations",
+            "Generations admitted that want an adapter, by which one.",
+            ("model", "adapter"),
+            registry=self.registry,
+        )
         self._reasoning_tokens = Counter(
             "mlxpool_reasoning_tokens",
             "Tokens of thoughts, of generations that ended.",
@@ -165,6 +171,9 @@ class Instruments:
 
     def constrained(self, model: str, kind: str) -> None:
         self._constrained.labels(model, kind).inc()
+
+    def adapted(self, model: str, adapter: str) -> None:
+        self._adapted.labels(model, adapter).inc()
 
     def load_finished(self, model: str, seconds: float) -> None:
         self._load.labels(model).observe(seconds)

@@ -12,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxpool_server.domain import KvQuantization, SamplingParams
-from mlxpool_server.engine.backend import Guide, StepOutput
+from mlxpool_server.engine.backend import Guide, LoadedAdapter, StepOutput
 from mlxpool_server.errors import MlxpoolError
+from mlxpool_server.mlx_backend.adapters.adapter import Adapter
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.decode import Decode
 from mlxpool_server.mlx_backend.drafting.drafter import Drafter
@@ -107,7 +108,10 @@ class MlxBatch:
         *,
         max_tokens: int = 0,
         may_be_forced: bool = False,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
+        if adapter is not None and not isinstance(adapter, Adapter):
+            raise TypeError(f"{type(adapter).__name__} is no adapter of this backend")
         sampled = SampledRow(sampling, prompt, self._vocab_size)
         mask = None if guide is None else self._masks.begin(guide)
         self._waiting.append(
@@ -119,6 +123,7 @@ class MlxBatch:
                 top_logprobs=top_logprobs,
                 max_tokens=max_tokens,
                 may_be_forced=may_be_forced,
+                adapter=adapter,
             )
         )
 
@@ -224,7 +229,7 @@ class MlxBatch:
         if time.monotonic() - self._passed_at >= self._pace.gather_s:
             return False
         # One that goes on from a cached prefix would go alone.
-        return self._prefixes.count(self._waiting[0].prompt) == 0
+        return self._num_cached(self._waiting[0]) == 0
 
     def _can_streams_wait(self) -> bool:
         """Short prompts go in one after the other, for as long."""
@@ -246,7 +251,7 @@ class MlxBatch:
             for index, row in enumerate(complete):
                 # A shorter one is kept with its answer: until then nobody waits for it.
                 if len(row.prompt) - row.num_cached > SIBLING_TOKENS:
-                    self._prefixes.keep(row.prompt, caches, index)
+                    self._prefixes.keep(row.prompt, caches, index, row.prefix_owner)
             self._join(complete, caches)
         if prefill.rows:
             prefill.settle()
@@ -282,7 +287,7 @@ class MlxBatch:
                 continue
             longest = max(longest, row.num_left)
             # One that goes on from a cached prefix goes alone.
-            is_alone = not self._is_batchable or self._prefixes.count(row.prompt) > 0
+            is_alone = not self._is_batchable or self._num_cached(row) > 0
             if rows and (is_alone or longest * (len(rows) + 1) > limit):
                 break
             rows.append(row)
@@ -292,10 +297,14 @@ class MlxBatch:
         self._waiting = deque(row for row in self._waiting if row not in taken)
         return rows
 
+    def _num_cached(self, row: Row) -> int:
+        return self._prefixes.count(row.prompt, row.prefix_owner)
+
     def _has_sibling(self, row: Row) -> bool:
         """Whether a prompt that begins the same is being worked on: its prefix will be there."""
         return self._prefixes.is_on and any(
             other.prompt[:SIBLING_TOKENS] == row.prompt[:SIBLING_TOKENS]
+            and other.prefix_owner == row.prefix_owner
             for prefill in self._begun
             for other in prefill.rows
             if len(row.prompt) > SIBLING_TOKENS
@@ -307,7 +316,7 @@ class MlxBatch:
         if len(rows) > 1:
             return Prefill(rows, self._model.new_caches(len(rows), self._kv_quantization))
         (row,) = rows
-        row.num_cached, caches = self._prefixes.find(row.prompt)
+        row.num_cached, caches = self._prefixes.find(row.prompt, row.prefix_owner)
         row.num_done = row.num_cached
         return Prefill(rows, caches or self._model.new_caches(1, self._kv_quantization))
 

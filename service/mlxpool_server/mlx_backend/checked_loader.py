@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlxpool_server.domain import HubSource, LoadProgress, ModelInfo, ModelSpec
-from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.engine.backend import LoadedAdapter, LoadedModel
 from mlxpool_server.mlx_backend.hub import MODEL_FILES, TOKENIZER_FILES, cached_folder, download
 from mlxpool_server.mlx_backend.model_folder import check_folder
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
@@ -43,7 +43,7 @@ class CheckedLoader:
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
-    ) -> LoadedModel:
+    ) -> LoadedModel | LoadedAdapter:
         _check(spec, MODEL_FILES)
         return self._loader.load(spec, report, is_cancelled)
 
@@ -54,4 +54,6 @@ def _check(spec: ModelSpec, patterns: tuple[str, ...]) -> bool:
     if folder is None or not folder.is_dir():
         return False
     check_folder(spec.name, folder)
+    if spec.adapter_folder is not None and spec.adapter_folder.is_dir():
+        check_folder(spec.name, spec.adapter_folder)
     return True

@@ -18,7 +18,7 @@ from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.mask_maker import MaskMaker
 from mlxpool_server.mlx_backend.masked_sampling import MaskedSampler, masked_on_host
 from mlxpool_server.mlx_backend.prefix_cache import PrefixCache
-from mlxpool_server.mlx_backend.row import Row
+from mlxpool_server.mlx_backend.row import Row, adapters_of
 from mlxpool_server.mlx_backend.sampling import host
 from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
 from mlxpool_server.mlx_backend.scoring import Scoring
@@ -103,7 +103,7 @@ class Decode:
         for index, row in enumerate(self.rows):
             if row.slot in slots:
                 known = row.generated if row in fed else row.generated[:-1]
-                prefixes.keep((*row.prompt, *known), self._caches, index)
+                prefixes.keep((*row.prompt, *known), self._caches, index, row.prefix_owner)
         kept = [index for index, row in enumerate(self.rows) if row.slot not in slots]
         if len(kept) == len(self.rows):
             return
@@ -168,7 +168,7 @@ class Decode:
         if self._samples_here():
             self._launch_logits(feed)
             return
-        logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
+        logits = self._logits(feed)
         rows = tuple(self.rows)
         if self._sampler is None:
             self._sampler = DeviceSampler(self._vocab_size)
@@ -280,9 +280,13 @@ class Decode:
             self._launch()
         return tokens
 
+    def _logits(self, feed: mx.array) -> mx.array:
+        counts = [1] * len(self.rows)
+        return self._model(feed[:, None], self._caches, counts, adapters_of(self.rows))
+
     def _launch_logits(self, feed: mx.array) -> None:
         """Tokens are chosen from the logits when these are there."""
-        logits = self._model(feed[:, None], self._caches, [1] * len(self.rows))
+        logits = self._logits(feed)
         if self._samples_on_host:
             logits = logits.astype(mx.float32)
         rows = tuple(self.rows)

@@ -7,12 +7,14 @@ all 500 rows of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxpool_server.domain import KvQuantization
+from mlxpool_server.mlx_backend.adapters.adapted_layers import AdaptedLayers, Rows
 from mlxpool_server.mlx_backend.model_caches import new_caches
 from mlxpool_server.mlx_backend.override import Call, override
 
@@ -24,6 +26,8 @@ class LastRows:
         self.model = model
         # Which token of each row, all rows counted through, while a pass is being built.
         self._last: mx.array | None = None
+        # None: nobody brings adapters.
+        self._adapted: AdaptedLayers | None = None
         for module in model.modules():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 # A model without a head of its own uses its embedding.
@@ -36,8 +40,32 @@ class LastRows:
         """Empty ones, for so many rows of a batch. Raises: UnbatchableError."""
         return new_caches(self.model, num_rows, quantization)
 
-    def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
-        """Logits of the last of each row's `counts` tokens: (rows, vocabulary)."""
+    def accept_adapters(self) -> None:
+        """After all else that replaces what the model's layers do."""
+        self._adapted = AdaptedLayers(self.model)
+
+    def __call__(
+        self, tokens: mx.array, caches: list[Any], counts: Sequence[int], adapters: Rows = ()
+    ) -> mx.array:
+        """Logits of the last of each row's `counts` tokens: (rows, vocabulary).
+
+        `adapters`: each row's, or empty for none.
+        """
+        with self._with(adapters):
+            return self._last_logits(tokens, caches, counts)
+
+    def all_logits(self, tokens: mx.array, caches: list[Any], adapters: Rows = ()) -> mx.array:
+        """Of every token: (rows, tokens, vocabulary)."""
+        with self._with(adapters):
+            logits: mx.array = self.model(tokens, cache=caches)
+            return logits
+
+    def _with(self, adapters: Rows) -> AbstractContextManager[None]:
+        if self._adapted is None or not any(adapters):
+            return nullcontext()
+        return self._adapted.of(adapters)
+
+    def _last_logits(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
         if tokens.shape[1] == 1:
             logits: mx.array = self.model(tokens, cache=caches)
             return logits[:, -1]
@@ -49,11 +77,6 @@ class LastRows:
             return self.pick(self.model(tokens, cache=caches))[:, -1]
         finally:
             self._last = None
-
-    def all_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """Of every token: (rows, tokens, vocabulary)."""
-        logits: mx.array = self.model(tokens, cache=caches)
-        return logits
 
     def pick(self, hidden: mx.array) -> mx.array:
         """Of (rows, tokens, size) each row's last token: (rows, 1, size)."""

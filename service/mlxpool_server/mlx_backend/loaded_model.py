@@ -80,6 +80,10 @@ class MlxModel:
     def resident_bytes(self) -> int:
         return self._resident_bytes
 
+    def accept_adapters(self) -> None:
+        """After its products were joined, if they are."""
+        self._model.accept_adapters()
+
     def new_runner(self) -> MlxBatch:
         return MlxBatch(
             self._model,

@@ -25,6 +25,12 @@ from mlxpool_server.domain import (
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError, MlxpoolError
 from mlxpool_server.mlx_backend import row_attention
+from mlxpool_server.mlx_backend.adapters.adapter import Adapter, check_layers, load_adapter
+from mlxpool_server.mlx_backend.adapters.files import (
+    AdapterFileError,
+    AdapterFiles,
+    read_adapter_files,
+)
 from mlxpool_server.mlx_backend.capabilities import capabilities_of
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
@@ -127,8 +133,15 @@ class MlxLoader:
 
     def inspect(self, spec: ModelSpec) -> ModelInfo | None:
         look = self._look(spec)
-        if look is None or spec.draft is None:
-            return None if look is None else look.info
+        if look is None:
+            return None
+        if spec.adapter_folder is not None:
+            files = _adapter_files(spec.name, spec.adapter_folder)
+            return replace(
+                look.info, estimated_bytes=files.nbytes, footprint=Footprint(), warm_up_bytes=0
+            )
+        if spec.draft is None:
+            return look.info
         draft = self._look(spec.draft)
         return None if draft is None else _together(look.info, draft.info)
 
@@ -194,6 +207,16 @@ class MlxLoader:
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
+    ) -> MlxModel | Adapter:
+        if spec.adapter_folder is not None:
+            return self._load_adapter(spec, spec.adapter_folder)
+        return self._load_model(spec, report, is_cancelled)
+
+    def _load_model(
+        self,
+        spec: ModelSpec,
+        report: Callable[[LoadProgress], None],
+        is_cancelled: Callable[[], bool],
     ) -> MlxModel:
         looks = [self._look(each) for each in (spec, spec.draft) if each is not None]
         here = [look for look in looks if look is not None]
@@ -226,6 +249,16 @@ class MlxLoader:
         if spec.prompt_lookup_tokens and not model.max_drafts:
             log.warning("model.no_drafts", model=spec.name, reason="its caches cannot forget")
         return model
+
+    def _load_adapter(self, spec: ModelSpec, folder: Path) -> Adapter:
+        model_folder = _local_folder(spec)
+        if model_folder is None:
+            raise LoadFailedError(spec.name, "its model's files are not on this machine")
+        files = _adapter_files(spec.name, folder)
+        with _as_load_failures(spec.name, ""):
+            # Lazy: only the sizes of its layers are wanted.
+            check_layers(files, load_model(model_folder, lazy=True)[0])
+            return load_adapter(files, self._processors)
 
     def _read(self, spec: ModelSpec, look: _Look, report: Callable[[int], None]) -> nn.Module:
         """Weights in memory. `report` gets how many bytes are, and may raise."""
@@ -272,6 +305,8 @@ class MlxLoader:
         if device_kind() == "cuda":
             for each in modules:
                 join_products(each, self._processors)
+        if spec.adapters:
+            model.accept_adapters()
         if spec.kv_quantization is not None:
             with _as_load_failures(spec.name, "its KV cache cannot be quantised: "):
                 check_kv_quantization(module, spec.kv_quantization)
@@ -298,6 +333,13 @@ def _together(main: ModelInfo, draft: ModelInfo) -> ModelInfo:
     )
 
 
+def _adapter_files(name: str, folder: Path) -> AdapterFiles:
+    try:
+        return read_adapter_files(folder)
+    except AdapterFileError as error:
+        raise LoadFailedError(name, f"its adapter {error}") from error
+
+
 @contextmanager
 def _as_load_failures(name: str, prefix: str) -> Iterator[None]:
     """Whatever mlx-lm or a model's code raises on a foreign folder becomes a LoadFailedError."""
@@ -305,6 +347,8 @@ def _as_load_failures(name: str, prefix: str) -> Iterator[None]:
         yield
     except MlxpoolError:
         raise
+    except AdapterFileError as error:
+        raise LoadFailedError(name, f"its adapter {error}") from error
     except Exception as error:
         raise LoadFailedError(name, prefix + one_line(error)) from error
 

@@ -57,12 +57,18 @@ def missing_weights(folder: Path) -> str:
 
 def read_headers(folder: Path) -> list[TensorHeader]:
     """Every tensor of a model folder. Raises: SafetensorError on a corrupt file."""
-    return [header for file in sorted(folder.glob("model*.safetensors")) for header in _read(file)]
+    files = sorted(folder.glob("model*.safetensors"))
+    return [header for file in files for header in read_file_headers(file)]
 
 
 def vocabulary_of(headers: list[TensorHeader]) -> int:
     """How many rows the input embedding has; 0 when it is not found."""
     return next((h.shape[0] for h in headers if h.name.endswith(EMBEDDINGS) and h.shape), 0)
+
+
+def read_file_headers(file: Path) -> list[TensorHeader]:
+    """Raises: SafetensorError, OSError."""
+    return list(_read(file))
 
 
 def _read(file: Path) -> Iterator[TensorHeader]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 from mlxpool_server.mlx_backend.last_rows import LastRows
-from mlxpool_server.mlx_backend.row import Row
+from mlxpool_server.mlx_backend.row import Row, adapters_of
 
 
 class Prefill:
@@ -47,7 +47,7 @@ class Prefill:
             for cache in self._caches:
                 cache.prepare(lengths=counts, right_padding=padding)
         tokens = mx.array([_padded(row, count, longest) for row, count in self._take(counts)])
-        logits = model(tokens, self._caches, counts)
+        logits = model(tokens, self._caches, counts, adapters_of(self.rows))
         if is_uneven:
             for cache in self._caches:
                 cache.finalize()

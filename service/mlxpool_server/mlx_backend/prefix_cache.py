@@ -39,7 +39,8 @@ class PrefixCache:
     """Engine thread only. One model's; never larger than its limit."""
 
     def __init__(self) -> None:
-        self._root = _Segment((), [], None)
+        # Of each owner: what an adapter computed is of use to its own prompts only.
+        self._roots: dict[int, _Segment] = {}
         self._limit_bytes = 0
         self._nbytes = 0
         # Least recently used first; a segment is used with each of its children, and after them,
@@ -65,17 +66,17 @@ class PrefixCache:
         self._begun = []
         self._shrink_to(0)
 
-    def count(self, prompt: Sequence[int]) -> int:
+    def count(self, prompt: Sequence[int], owner: int = 0) -> int:
         """How many of the prompt's first tokens `find` would give."""
-        num_tokens = sum(count for _, count in self._path(prompt[:-1]))
+        num_tokens = sum(count for _, count in self._path(prompt[:-1], owner))
         return num_tokens if num_tokens >= MIN_SEGMENT_TOKENS else 0
 
-    def find(self, prompt: Sequence[int]) -> tuple[int, list[Any] | None]:
+    def find(self, prompt: Sequence[int], owner: int = 0) -> tuple[int, list[Any] | None]:
         """How many of the prompt's first tokens are here, and caches of one row that hold them.
 
         At least the last token is left: its logits have to be computed.
         """
-        path = self._path(prompt[:-1])
+        path = self._path(prompt[:-1], owner)
         num_tokens = sum(count for _, count in path)
         if num_tokens < MIN_SEGMENT_TOKENS:
             return 0, None
@@ -84,17 +85,17 @@ class PrefixCache:
         counts = [count for _, count in path]
         return num_tokens, [join_pieces(pieces, counts) for pieces in layers]
 
-    def keep(self, tokens: Sequence[int], caches: list[Any], row: int) -> None:
+    def keep(self, tokens: Sequence[int], caches: list[Any], row: int, owner: int = 0) -> None:
         """Remember what a row of a batch's caches holds of these tokens: all that it was fed."""
         if not self.is_on:
             return
-        path = self._path(tokens)
+        path = self._path(tokens, owner)
         self._touch(path)
         start = sum(count for _, count in path)
         if len(tokens) - start < MIN_SEGMENT_TOKENS:
             return
         pieces = [piece_of(cache, row, start, len(tokens)) for cache in caches]
-        parent, offset = path[-1] if path else (self._root, 0)
+        parent, offset = path[-1] if path else (self._root(owner), 0)
         segment = _Segment(tuple(tokens[start:]), pieces, parent, offset)
         if not self._make_room(segment.nbytes, path):
             return
@@ -112,10 +113,13 @@ class PrefixCache:
             mx.async_eval(self._begun)  # type: ignore[no-untyped-call]
             self._begun = []
 
-    def _path(self, tokens: Sequence[int]) -> list[tuple[_Segment, int]]:
+    def _root(self, owner: int) -> _Segment:
+        return self._roots.setdefault(owner, _Segment((), [], None))
+
+    def _path(self, tokens: Sequence[int], owner: int) -> list[tuple[_Segment, int]]:
         """The segments that these tokens run through, and how many of each one's they share."""
         path: list[tuple[_Segment, int]] = []
-        segment, count, start = self._root, 0, 0
+        segment, count, start = self._root(owner), 0, 0
         while found := _longest(segment, count, tokens[start:]):
             segment, count = found
             path.append(found)

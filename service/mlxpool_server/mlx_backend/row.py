@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlxpool_server.engine.backend import TokenScores
 from mlxpool_server.errors import MlxpoolError
+from mlxpool_server.mlx_backend.adapters.adapter import Adapter
 from mlxpool_server.mlx_backend.row_mask import RowMask
 from mlxpool_server.mlx_backend.sampling.row import SampledRow
 
@@ -33,10 +35,17 @@ class Row:
     # No more are wanted of it; 0: nobody said, and none is guessed.
     max_tokens: int = 0
     may_be_forced: bool = False
+    # None: the model as it is.
+    adapter: Adapter | None = None
     # What who guesses knows about it.
     guesser: object = None
     # How many of its last step's tokens, the first ones, were drafts.
     num_drafted: int = 0
+
+    @property
+    def prefix_owner(self) -> int:
+        """Whose prompts can share what theirs left in the caches."""
+        return 0 if self.adapter is None else self.adapter.number
 
     @property
     def num_left(self) -> int:
@@ -62,3 +71,7 @@ class Row:
             token = self.forced.pop(0)
         self.generated.append(token)
         self.sampled.accept(token)
+
+
+def adapters_of(rows: Sequence[Row]) -> list[Adapter | None]:
+    return [row.adapter for row in rows]

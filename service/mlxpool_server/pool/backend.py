@@ -15,7 +15,13 @@ from mlxpool_server.domain import (
     ModelSpec,
     ToolCall,
 )
-from mlxpool_server.engine.backend import ChannelSorter, Guide, LoadedModel, TextDecoder
+from mlxpool_server.engine.backend import (
+    ChannelSorter,
+    Guide,
+    LoadedAdapter,
+    LoadedModel,
+    TextDecoder,
+)
 
 
 class Tokenizer(Protocol):
@@ -123,8 +129,10 @@ class ModelLoader(Protocol):
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
-    ) -> LoadedModel:
-        """Read and evaluate the weights; `report` and `is_cancelled` are called along the way.
+    ) -> LoadedModel | LoadedAdapter:
+        """Read and evaluate the weights, of an adapter for a spec of one.
+
+        `report` and `is_cancelled` are called along the way.
 
         Raises: LoadFailedError; LoadSupersededError once `is_cancelled` answers True.
         """

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mlxpool_server.domain import ModelSpec
-from mlxpool_server.errors import ModelNotFoundError, SettingsError
+from mlxpool_server.errors import AdapterNotFoundError, ModelNotFoundError, SettingsError
 from mlxpool_server.pool.config_file import ConfigFileError, read_config_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,199}")
@@ -64,6 +64,22 @@ class Catalog:
             return self._specs[self._names[name]]
         except KeyError:
             raise ModelNotFoundError(_clipped(name), known=self._some_names()) from None
+
+    def resolve_adapter(self, name: str, adapter: str) -> ModelSpec:
+        """Return the adapter of the model with this name or alias.
+
+        Raises: ModelNotFoundError, AdapterNotFoundError.
+        """
+        spec = self.resolve(name)
+        folders = dict(spec.adapters)
+        if adapter not in folders:
+            known = tuple(list(folders)[:_MAX_KNOWN_NAMES])
+            raise AdapterNotFoundError(spec.name, _clipped(adapter), known)
+        return spec.of_adapter(adapter, folders[adapter])
+
+    def adapters(self) -> Iterator[ModelSpec]:
+        """Iterate over the adapters of all models."""
+        return (spec.of_adapter(*each) for spec in self for each in spec.adapters)
 
     def __iter__(self) -> Iterator[ModelSpec]:
         """Iterate over the models in the order of their names."""

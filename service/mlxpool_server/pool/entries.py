@@ -38,7 +38,7 @@ class Entries(Mapping[str, Entry]):
         self._tasks = tasks
         self._heartbeat_s = heartbeat_s
         self._is_closed = False
-        self._entries = {spec.name: self._new(spec) for spec in catalog}
+        self._entries = {spec.name: self._new(spec) for spec in _all(catalog)}
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -49,8 +49,13 @@ class Entries(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def resolve(self, name: str) -> Entry:
-        """By name or alias, for a new request. Raises: ModelNotFoundError."""
+    def resolve(self, name: str, adapter: str = "") -> Entry:
+        """By name or alias, for a new request; the entry of its adapter, if one is named.
+
+        Raises: ModelNotFoundError, AdapterNotFoundError.
+        """
+        if adapter:
+            return self._entries[self._catalog.resolve_adapter(name, adapter).name]
         return self._entries[self._catalog.resolve(name).name]
 
     def known(self, name: str) -> Entry:
@@ -69,14 +74,14 @@ class Entries(Mapping[str, Entry]):
         self._catalog = catalog
         self._default_keep_alive_s = default_keep_alive_s
         added: list[Entry] = []
-        for spec in catalog:
+        for spec in _all(catalog):
             entry = self._entries.get(spec.name)
             if entry is None:
                 added.append(self._new(spec))
             else:
                 self._renew(entry, spec, unloads)
         self._entries |= {entry.spec.name: entry for entry in added}
-        names = {spec.name for spec in catalog}
+        names = {spec.name for spec in _all(catalog)}
         for name, entry in self._entries.items():
             if name not in names and not entry.is_retired:
                 entry.is_retired = True
@@ -122,3 +127,8 @@ class Entries(Mapping[str, Entry]):
 def _let_go(entry: Entry, unloads: Unloads) -> None:
     is_loading = entry.residency is not None and entry.residency.state is ModelState.LOADING
     unloads.start(entry, LoadSupersededError(entry.spec.name) if is_loading else None)
+
+
+def _all(catalog: Catalog) -> Iterator[ModelSpec]:
+    yield from catalog
+    yield from catalog.adapters()

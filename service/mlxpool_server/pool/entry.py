@@ -124,7 +124,9 @@ class Entry:
         load_time = None if residency is None else residency.load_time
         active = min(stats.running, self.num_leases)
         return ModelStatus(
-            name=self.spec.name,
+            name=self.spec.model,
+            adapter=self.spec.adapter,
+            available_adapters=tuple(name for name, _ in self.spec.adapters),
             state=state,
             info=self.info,
             aliases=self.spec.aliases,

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -101,9 +101,13 @@ class Generations:
         Raises: before the first event, whatever is wrong with the request or does not fit; after
         it, what the load or the engine failed with.
         """
-        with self._pool.lease(request.model) as lease:
+        with ExitStack() as leases:
+            lease = leases.enter_context(self._pool.lease(request.model))
             generation = self._register(request, lease)
             try:
+                if request.adapter:
+                    adapter = self._pool.lease(request.model, request.adapter)
+                    generation.adapter_lease = leases.enter_context(adapter)
                 async with aclosing(self._run(request, generation)) as events:
                     async for event in events:
                         yield event
@@ -117,7 +121,8 @@ class Generations:
         """
         for generation in self._in_flight.find(generation_id, owner):
             generation.is_cancelled = True
-            generation.lease.wake()
+            for lease in generation.leases:
+                lease.wake()
             self._pool.reservations.wake()
             self._abort(generation)
 
@@ -139,11 +144,17 @@ class Generations:
         lease, name = generation.lease, generation.lease.spec.name
         admitted = await self._admit(request, generation)
         yield GenerationStarted(
-            generation.key[1], name, admitted.revision, admitted.sampling.seed or 0
+            generation.key[1],
+            name,
+            admitted.revision,
+            admitted.sampling.seed or 0,
+            request.adapter,
         )
         load_started_at = time.monotonic()
-        if generation.ended_early() is None:
-            async with aclosing(lease.loading(partial(self._patience_s, generation))) as loading:
+        for each in generation.leases:
+            if generation.ended_early() is not None:
+                break
+            async with aclosing(each.loading(partial(self._patience_s, generation))) as loading:
                 async for load in loading:
                     if generation.ended_early() is not None:
                         break
@@ -187,7 +198,8 @@ class Generations:
                     if generation.queued_until <= time.monotonic():
                         raise self._queue_timeout()
                     yield GenerationProgress(GenerationPhase.QUEUED, queue_position=place)
-            generation.lease.check()
+            for lease in generation.leases:
+                lease.check()
             reason = generation.ended_early()
             if reason is not None:
                 prompt_tokens = len(sequence.prompt)
@@ -215,7 +227,8 @@ class Generations:
 
     def _give_back(self, generation: InFlight, reservation: Reservation) -> None:
         self._pool.reservations.give_back(reservation)
-        generation.lease.give_back()
+        for lease in generation.leases:
+            lease.give_back()
         self._end(generation)
 
     def _end(self, generation: InFlight) -> None:
@@ -236,7 +249,7 @@ class Generations:
     async def _admit(self, request: GenerationRequest, generation: InFlight) -> _Admitted:
         """Everything that can refuse the request, before its first event."""
         lease, spec = generation.lease, generation.lease.spec
-        if request.require_loaded and not lease.is_loaded:
+        if request.require_loaded and not all(each.is_loaded for each in generation.leases):
             raise ModelNotLoadedError(spec.name)
         if lease.num_in_flight > self._limits.max_in_flight:
             raise QueueFullError(lease.num_in_flight - 1, RETRY_AFTER_S)
@@ -264,6 +277,8 @@ class Generations:
         if guide is not None:
             kind = "tool call" if request.constraint is None else request.constraint.syntax.value
             self._pool.activity.observer.constrained(spec.name, kind)
+        if request.adapter:
+            self._pool.activity.observer.adapted(spec.name, request.adapter)
         self._pool.set_next_keep_alive(spec.name, request.keep_alive_s)
         return _Admitted(
             prompt=prompt.token_ids,
@@ -314,6 +329,7 @@ class Generations:
             expires_at=generation.expires_at,
             priority=request.priority,
             guide=admitted.guide,
+            adapter=None if generation.adapter_lease is None else generation.adapter_lease.adapter,
             sorter=admitted.sorter,
             max_reasoning_tokens=stop.max_reasoning_tokens,
             reasoning_end=admitted.reasoning_end,

@@ -29,12 +29,19 @@ class InFlight:
     # math.inf: never.
     expires_at: float
     priority: Priority
+    # The adapter's, for one that wants one.
+    adapter_lease: Lease | None = None
     is_cancelled: bool = False
     slot: int | None = None
     # Its generation is over; its reader may not know yet.
     has_ended: bool = False
     # When it has waited too long for its turn.
     queued_until: float = math.inf
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """Of all that it needs in memory."""
+        return (self.lease,) if self.adapter_lease is None else (self.lease, self.adapter_lease)
 
     def patience_s(self, heartbeat_s: float) -> float:
         """How long a wait may last before this generation wants to be looked at."""

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlxpool_server.domain import LoadPhase, LoadProgress, ModelSpec, ModelState
+from mlxpool_server.engine.backend import LoadedAdapter, LoadedModel
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.residency import Residency
 
@@ -65,6 +66,12 @@ class Lease:
         """Raises: the error of an unload by force; call it right before using the model."""
         if self._residency is not None and self._residency.error is not None:
             raise self._residency.error
+
+    @property
+    def adapter(self) -> LoadedAdapter | None:
+        """Of an adapter's lease, once it is loaded."""
+        held = None if self._residency is None else self._residency.model
+        return None if held is None or isinstance(held, LoadedModel) else held
 
     @property
     def num_in_flight(self) -> int:

@@ -17,7 +17,7 @@ from mlxpool_server.domain import (
     ModelSpec,
     ModelState,
 )
-from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.engine.backend import LoadedAdapter, LoadedModel
 from mlxpool_server.engine.engine import Engine
 from mlxpool_server.errors import (
     LoadFailedError,
@@ -136,7 +136,8 @@ class Loads:
         residency.become_ready(model)
         entry.become_ready()
         entry.activity.load_finished(entry.spec.name, residency.load_duration_s)
-        self._prompt_caches.top_up(entry.spec.name)
+        if not entry.spec.adapter:
+            self._prompt_caches.top_up(entry.spec.name)
         log.info(
             "model.loaded",
             model=entry.spec.name,
@@ -159,10 +160,10 @@ class Loads:
         entry.info = info
         return info
 
-    async def _read_weights(self, residency: Residency) -> LoadedModel:
+    async def _read_weights(self, residency: Residency) -> LoadedModel | LoadedAdapter:
         report = _threadsafe_report(residency)
         is_cancelled = residency.is_cancelled.is_set
-        loaded: list[LoadedModel] = []
+        loaded: list[LoadedModel | LoadedAdapter] = []
         # Not as the call's result: the loader thread would hold it longer than its caller.
         await _run_on(
             self._reader,
@@ -170,8 +171,11 @@ class Loads:
         )
         return loaded.pop()
 
-    async def _attach(self, residency: Residency, model: LoadedModel) -> None:
+    async def _attach(self, residency: Residency, model: LoadedModel | LoadedAdapter) -> None:
         name = residency.spec.name
+        if not isinstance(model, LoadedModel):
+            # It comes to the engine with the requests that want it.
+            return
         await self._engine.attach(name, model)
         try:
             _check_wanted(residency)
@@ -181,7 +185,7 @@ class Loads:
             raise
 
 
-def _estimate_error(info: ModelInfo, model: LoadedModel) -> float:
+def _estimate_error(info: ModelInfo, model: LoadedModel | LoadedAdapter) -> float:
     """By what share of itself the model is larger than was estimated; negative when smaller."""
     return round(1 - info.estimated_bytes / max(1, model.resident_bytes), 4)
 

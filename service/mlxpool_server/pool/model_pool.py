@@ -145,13 +145,17 @@ class ModelPool:
         return self._ledger.used_bytes
 
     async def list_models(self) -> list[ModelStatus]:
-        """Every catalogue entry, by name."""
-        served = [entry for entry in self._entries.values() if not entry.is_retired]
+        """Every model of the catalogue, by name, and the adapters that are in memory."""
+        served = [
+            entry
+            for entry in self._entries.values()
+            if not entry.is_retired and (not entry.spec.adapter or entry.residency is not None)
+        ]
         return [await self._status(entry) for entry in served]
 
-    async def get_model(self, name: str) -> ModelStatus:
-        """Raises: ModelNotFoundError."""
-        return await self._status(self._entries.resolve(name))
+    async def get_model(self, name: str, adapter: str = "") -> ModelStatus:
+        """Raises: ModelNotFoundError, AdapterNotFoundError."""
+        return await self._status(self._entries.resolve(name, adapter))
 
     async def find_info(self, name: str) -> ModelInfo | None:
         """What the model's files say; None for a hub model that was not fetched yet.
@@ -185,7 +189,8 @@ class ModelPool:
     def memory_by_model(self) -> tuple[ModelMemory, ...]:
         return tuple(
             ModelMemory(
-                model=name,
+                model=entry.spec.model,
+                adapter=entry.spec.adapter,
                 resident_bytes=self._ledger.held_by(entry.residency),
                 active_kv_bytes=self._engine.stats(name).kv_bytes,
                 prompt_cache_bytes=self._engine.stats(name).prompt_cache_bytes,
@@ -196,9 +201,12 @@ class ModelPool:
 
     # ------------------------------------------------------------ using and changing
 
-    def lease(self, name: str) -> Lease:
-        """A `with` block during which the model is not evicted. Raises: ModelNotFoundError."""
-        return Lease(self, self._entries.resolve(name))
+    def lease(self, name: str, adapter: str = "") -> Lease:
+        """A `with` block during which the model, or the adapter, is not evicted.
+
+        Raises: ModelNotFoundError, AdapterNotFoundError.
+        """
+        return Lease(self, self._entries.resolve(name, adapter))
 
     async def load(
         self, name: str, options: LoadOptions
@@ -209,7 +217,7 @@ class ModelPool:
         LoadSupersededError when an unload stopped it; ModelNotFoundError of the draft model, too,
         and ModelInUseError when the model is in memory with another one.
         """
-        entry = self._entries.resolve(name)
+        entry = self._entries.resolve(name, options.adapter)
         draft = self._entries.resolve(options.draft_model).spec if options.draft_model else None
         if options.validate_only:
             victims = await self._foresee(
@@ -242,9 +250,12 @@ class ModelPool:
             duration_s=0.0 if is_loaded else residency.load_duration_s,
         )
 
-    async def unload(self, name: str, *, force: bool) -> Unloaded:
-        """Drain, then free; `force` ends what runs. A caller who gives up does not stop it."""
-        entry = self._entries.resolve(name)
+    async def unload(self, name: str, *, adapter: str = "", force: bool) -> Unloaded:
+        """Drain, then free; `force` ends what runs on a model, and waits for an adapter's users.
+
+        A caller who gives up does not stop it.
+        """
+        entry = self._entries.resolve(name, adapter)
         residency = entry.residency
         if residency is None:
             entry.error_message = ""
@@ -254,7 +265,7 @@ class ModelPool:
         error: MlxpoolError | None = None
         if residency.state is ModelState.LOADING:
             error = LoadSupersededError(entry.spec.name)
-        elif force:
+        elif force and not entry.spec.adapter:
             error = ModelUnloadedError(entry.spec.name)
         self._unloads.start(entry, error)
         await residency.gone.wait()
@@ -313,7 +324,7 @@ class ModelPool:
         return self._loads.start(entry, allow_eviction=allow_eviction)
 
     def lease_returned(self, entry: Entry) -> None:
-        if entry.is_ready:
+        if entry.is_ready and not entry.spec.adapter:
             self._prompt_caches.top_up(entry.spec.name)
         self._unloads.schedule_expiry(entry)
         if entry.is_retired:

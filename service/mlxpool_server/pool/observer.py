@@ -24,6 +24,9 @@ class PoolObserver(Protocol):
     def constrained(self, model: str, kind: str) -> None:
         """A generation was admitted whose output is constrained."""
 
+    def adapted(self, model: str, adapter: str) -> None:
+        """A generation was admitted that wants an adapter."""
+
     def load_finished(self, model: str, seconds: float) -> None:
         """A load that succeeded, so long after it was asked for."""
 
@@ -40,5 +43,7 @@ class Unobserved:
     def tool_call(self, model: str, num_calls: int) -> None: ...
 
     def constrained(self, model: str, kind: str) -> None: ...
+
+    def adapted(self, model: str, adapter: str) -> None: ...
 
     def load_finished(self, model: str, seconds: float) -> None: ...

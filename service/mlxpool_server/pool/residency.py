@@ -15,7 +15,7 @@ import threading
 import time
 
 from mlxpool_server.domain import LoadPhase, LoadProgress, ModelSpec, ModelState
-from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.engine.backend import LoadedAdapter, LoadedModel
 from mlxpool_server.errors import MlxpoolError
 from mlxpool_server.pool.broadcast import Broadcast
 
@@ -35,7 +35,7 @@ class Residency:
         self.state = ModelState.LOADING
         self.progress = LoadProgress(LoadPhase.QUEUED)
         self.evicted_models: tuple[str, ...] = ()
-        self.model: LoadedModel | None = None
+        self.model: LoadedModel | LoadedAdapter | None = None
         # None: it never became READY.
         self.load_time: float | None = None
         self.load_duration_s = 0.0
@@ -60,7 +60,7 @@ class Residency:
             self.progress = progress
             self.changed.notify()
 
-    def become_ready(self, model: LoadedModel) -> None:
+    def become_ready(self, model: LoadedModel | LoadedAdapter) -> None:
         self.model = model
         self.load_time = time.time()
         self.load_duration_s = time.monotonic() - self._started_at

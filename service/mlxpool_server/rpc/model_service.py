@@ -56,7 +56,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.ListModelsResponse(models=map(responses.model, page), next_page_token=next_token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        status = await self._pool.get_model(_model_name(request))
+        status = await self._pool.get_model(_model_name(request), request.adapter)
         return pb.GetModelResponse(model=responses.model(status))
 
     async def LoadModel(
@@ -73,7 +73,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
     ) -> pb.UnloadModelResponse:
         call_log.add(force=request.force)
         name = _model_name(request)
-        unloaded = await self._pool.unload(name, force=request.force)
+        unloaded = await self._pool.unload(name, adapter=request.adapter, force=request.force)
         return pb.UnloadModelResponse(
             was_loaded=unloaded.was_loaded, freed_bytes=unloaded.freed_bytes
         )

@@ -90,6 +90,9 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
             return RpcStatus(code.ALREADY_EXISTS, "GENERATION_ID_IN_USE", message)
         case errors.ModelNotLoadedError():
             return RpcStatus(code.FAILED_PRECONDITION, "MODEL_NOT_LOADED", message)
+        case errors.AdapterNotFoundError(model=model, adapter=adapter):
+            detail = _resource("adapter", f"{model}/{adapter}", message)
+            return RpcStatus(code.NOT_FOUND, "ADAPTER_NOT_FOUND", message, [detail])
         case errors.ModelInUseError():
             return RpcStatus(code.FAILED_PRECONDITION, "MODEL_IN_USE", message)
         case errors.CapabilityMissingError():

@@ -16,6 +16,9 @@ _HUB_ID = re.compile(
 )
 
 
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
 class ModelTable(BaseModel):
     """One `[[models]]` table. Exactly one of `path` and `hub` says where the weights are."""
 
@@ -32,6 +35,7 @@ class ModelTable(BaseModel):
     layout: Layout = Layout.AUTO
     kv_bits: Literal[4, 8] | None = None
     kv_group_size: Literal[32, 64, 128] | None = None
+    adapters: dict[str, str] = Field(default_factory=dict)
     draft_model: str | None = None
     num_draft_tokens: Annotated[int | None, BeforeValidator(reject_bool), Field(ge=1, le=16)] = None
     prompt_lookup_tokens: Annotated[int, BeforeValidator(reject_bool), Field(ge=0, le=16)] = 0
@@ -51,9 +55,19 @@ class ModelTable(BaseModel):
             layout=self.layout,
             kv_quantization=self._kv_quantization(),
             prompt_lookup_tokens=self.prompt_lookup_tokens,
+            adapters=self._adapters(folder),
             draft_model=self._draft_model(),
             num_draft_tokens=self.num_draft_tokens or DRAFT_TOKENS,
         )
+
+    def _adapters(self, folder: Path) -> tuple[tuple[str, Path], ...]:
+        for name in self.adapters:
+            if _ADAPTER_NAME.fullmatch(name) is None:
+                raise ValueError(
+                    f"adapters: {name[:100]!r} is not a valid name; write up to 200 letters, "
+                    "digits and ._-, with a letter or digit first"
+                )
+        return tuple((name, anchored_path(path, folder)) for name, path in self.adapters.items())
 
     def _draft_model(self) -> str:
         if self.num_draft_tokens is not None and self.draft_model is None:

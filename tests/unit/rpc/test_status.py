@@ -50,6 +50,9 @@ EXAMPLES: dict[type[errors.MlxpoolError], tuple[errors.MlxpoolError, CODE, str]]
     errors.ModelNotLoadedError: (
         errors.ModelNotLoadedError(LONG), CODE.FAILED_PRECONDITION, "MODEL_NOT_LOADED",
     ),
+    errors.AdapterNotFoundError: (
+        errors.AdapterNotFoundError(LONG, LONG, (LONG,)), CODE.NOT_FOUND, "ADAPTER_NOT_FOUND",
+    ),
     errors.ModelInUseError: (
         errors.ModelInUseError(LONG, LONG), CODE.FAILED_PRECONDITION, "MODEL_IN_USE",
     ),

@@ -144,6 +144,7 @@ _INTS = {
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a generation; what is not given is the model's or server's default."""
     group = parser.add_argument_group("generation")
+    group.add_argument("--adapter", metavar="NAME", help="one of the model's LoRA adapters")
     for flag, text in _FLOATS.items():
         group.add_argument(flag, type=float, metavar="X", help=text)
     for flag, text in _INTS.items():
@@ -167,6 +168,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 def generation_options(arguments: argparse.Namespace) -> GenerateOptions:
     """Return what add_generation_options() parsed."""
     return GenerateOptions(
+        adapter=arguments.adapter or "",
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,

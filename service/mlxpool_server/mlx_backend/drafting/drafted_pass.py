@@ -16,7 +16,7 @@ import numpy as np
 from mlxpool_server.mlx_backend.drafting.drafter import Guesses
 from mlxpool_server.mlx_backend.host_arrays import as_numpy
 from mlxpool_server.mlx_backend.last_rows import LastRows
-from mlxpool_server.mlx_backend.row import Row
+from mlxpool_server.mlx_backend.row import Row, adapters_of
 from mlxpool_server.mlx_backend.row_cache import Lengths, RowCache
 from mlxpool_server.mlx_backend.sampling import host
 
@@ -29,7 +29,7 @@ class DraftedPass:
     ) -> None:
         """Rows that are no plain greedy ones are sampled by numpy: on a CPU."""
         self.guesses = guesses
-        logits = model.all_logits(guesses.fed, caches)
+        logits = model.all_logits(guesses.fed, caches, adapters_of(rows))
         self._is_greedy = all(row.is_plain_greedy for row in rows)
         # What is likeliest behind each, or logits: (rows, tokens, vocabulary).
         self.outcome = mx.argmax(logits, axis=-1) if self._is_greedy else logits.astype(mx.float32)

@@ -1,7 +1,8 @@
 """A model and a small one that guesses for it, run as one.
 
-Whatever the model is fed goes to the small one, too. Its caches come behind the model's in every
-list of caches, so that joins, departures and cached prefixes keep both in step.
+Whatever the model is fed goes to the small one, too; adapters are the model's alone. The caches of
+the small one come behind the model's in every list of caches, so that joins, departures and cached
+prefixes keep both in step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxpool_server.domain import KvQuantization
+from mlxpool_server.mlx_backend.adapters.adapted_layers import Rows
 from mlxpool_server.mlx_backend.drafting.drafter import Guesses
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.model_caches import new_caches
@@ -39,18 +41,19 @@ class PairedModel(LastRows):
     def new_caches(self, num_rows: int, quantization: KvQuantization | None = None) -> list[Any]:
         return [*super().new_caches(num_rows, quantization), *self._draft.new_caches(num_rows)]
 
-    def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
-        logits = super().__call__(tokens, caches[: self._num_caches], counts)
+    def __call__(
+        self, tokens: mx.array, caches: list[Any], counts: Sequence[int], adapters: Rows = ()
+    ) -> mx.array:
+        logits = super().__call__(tokens, caches[: self._num_caches], counts, adapters)
         own = caches[self._num_caches :]
         # Its head has nothing to do, so it is never computed.
         self._feed_draft(tokens, own, counts)
-        return self._with(logits, own)
+        return self._bound(logits, own)
 
-    def all_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+    def all_logits(self, tokens: mx.array, caches: list[Any], adapters: Rows = ()) -> mx.array:
         """Of the model, behind `guess`: the small one was fed these already."""
-        return self._with(
-            super().all_logits(tokens, caches[: self._num_caches]), caches[self._num_caches :]
-        )
+        logits = super().all_logits(tokens, caches[: self._num_caches], adapters)
+        return self._bound(logits, caches[self._num_caches :])
 
     def guess(self, tokens: mx.array, caches: Sequence[Any], count: int) -> mx.array:
         """What comes behind `tokens`, shape (rows,): (rows, 1 + count), those first."""
@@ -69,7 +72,7 @@ class PairedModel(LastRows):
         known = mx.minimum(tokens, self._draft_vocab_size - 1)
         return self._draft(known, caches, counts)
 
-    def _with(self, logits: mx.array, caches: Sequence[Any]) -> mx.array:
+    def _bound(self, logits: mx.array, caches: Sequence[Any]) -> mx.array:
         """Who waits for the logits waits for these caches, or steps would pile up in them."""
         states = [part for cache in caches for part in cache.state]
         bound: mx.array = mx.depends(logits, states)

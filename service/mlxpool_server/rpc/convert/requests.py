@@ -31,7 +31,6 @@ from mlxpool_server.rpc.convert.reading import (
     choice,
     count,
     number,
-    refuse,
     seconds,
 )
 
@@ -73,7 +72,6 @@ def generation_request(
     owner: str = "",
 ) -> GenerationRequest:
     """Raises: InvalidFieldError, NotImplementedFieldError."""
-    refuse(request, "", "adapter")
     check_generation_id(request.generation_id, "generation_id")
     constraint = output_constraint(request)
     asked = prompt(request.prompt)
@@ -95,6 +93,7 @@ def generation_request(
         stop=_stop(request.stop, limits),
         output=_output(request.output),
         constraint=constraint,
+        adapter=request.adapter,
         generation_id=request.generation_id,
         priority=choice(request.priority, PRIORITIES, "priority"),
         keep_alive_s=_keep_alive(request),
@@ -132,8 +131,8 @@ def stop_token_ids(token_ids: Collection[int], path: str) -> frozenset[int]:
 
 
 def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
-    refuse(request, "", "adapter")
     return _model(request.model), LoadOptions(
+        adapter=request.adapter,
         draft_model=request.draft_model,
         pinned=request.pinned if request.HasField("pinned") else None,
         keep_alive_s=_keep_alive(request),
@@ -143,8 +142,6 @@ def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
 
 
 def model_name(request: NamesModel) -> str:
-    if not isinstance(request, pb.TokenizeRequest | pb.CountTokensRequest):
-        refuse(request, "", "adapter")
     return _model(request.model)
 
 

@@ -50,6 +50,8 @@ REASON_TO_WIRE = {
 def model(status: domain.ModelStatus) -> pb.Model:
     message = pb.Model(
         name=status.name,
+        adapter=status.adapter,
+        available_adapters=status.available_adapters,
         state=STATE_TO_WIRE[status.state],
         error_message=status.error_message,
         resident_bytes=status.resident_bytes,
@@ -105,9 +107,13 @@ def load_event(event: domain.LoadProgress | domain.LoadFinished) -> pb.LoadModel
 
 def generation_event(event: domain.GenerationEvent) -> pb.GenerateResponse:
     match event:
-        case domain.GenerationStarted(generation_id, name, revision, seed):
+        case domain.GenerationStarted():
             started = pb.GenerationStarted(
-                generation_id=generation_id, model=name, revision=revision, seed=seed
+                generation_id=event.generation_id,
+                model=event.model,
+                revision=event.revision,
+                adapter=event.adapter,
+                seed=event.seed,
             )
             return pb.GenerateResponse(started=started)
         case domain.GenerationProgress():
@@ -147,6 +153,7 @@ def memory_usage(usage: domain.MemoryUsage) -> memory_pb.MemoryUsage:
         models=[
             memory_pb.ModelMemory(
                 model=each.model,
+                adapter=each.adapter,
                 resident_bytes=each.resident_bytes,
                 prompt_cache_bytes=each.prompt_cache_bytes,
                 active_kv_bytes=each.active_kv_bytes,
