@@ -244,10 +244,10 @@ def test_no_place_behind_the_last_one_is_worked_on(
     widths: list[tuple[int, int]] = []
     original = PairedModel.all_logits
 
-    def watched(self: PairedModel, tokens: Any, caches: Any) -> Any:
+    def watched(self: PairedModel, tokens: Any, caches: Any, adapters: Any) -> Any:
         # (tokens of the longest row so far, those that come).
         widths.append((max(caches[0].lengths.rows), tokens.shape[1]))
-        return original(self, tokens, caches)
+        return original(self, tokens, caches, adapters)
 
     monkeypatch.setattr(PairedModel, "all_logits", watched)
     life = Life(paired(folder, other))

@@ -13,6 +13,7 @@ from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.drafting.pace import DraftPace
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.loader import MlxLoader
+from mlxpool_server.mlx_backend.memory import device_kind
 from tiny_models import write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
@@ -104,9 +105,11 @@ def test_nobodys_answer_changes(
     expected, got = answers(plain, *samplings), answers(model, *samplings)
     for slot, tokens in got.got.items():
         assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
-    assert got.num_drafted > 0
-    assert got.num_steps < expected.num_steps
     assert expected.num_drafted == 0
+    if device_kind() == "cpu" or samplings == (GREEDY,):
+        # A GPU samples without numpy, and guesses for greedy rows alone.
+        assert got.num_drafted > 0
+        assert got.num_steps < expected.num_steps
 
 
 def test_a_rounded_cache_forgets_as_well(folder: Path, tmp_path: Path) -> None:
@@ -136,7 +139,8 @@ def test_rows_that_may_be_forced_or_ask_for_scores(model: MlxModel) -> None:
     life.finish()
     life.add(1, [5] * 20, GREEDY)
     life.add(2, [6] * 20, GREEDY, top_logprobs=1)
-    life.finish(1, 2)
+    while len(life.got[1]) < NUM_TOKENS // 2:
+        life.step()
     assert life.num_drafted == 0
 
 

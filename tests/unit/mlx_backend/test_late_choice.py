@@ -19,7 +19,9 @@ GREEDY = SamplingParams(temperature=0.0, seed=1)
 
 
 class Model:
-    def __call__(self, tokens: mx.array, caches: list[Any], counts: Sequence[int]) -> mx.array:
+    def __call__(
+        self, tokens: mx.array, caches: list[Any], counts: Sequence[int], adapters: Any
+    ) -> mx.array:
         words = mx.broadcast_to(mx.arange(VOCAB_SIZE), (len(counts), VOCAB_SIZE))
         return (words * tokens).astype(mx.float32)
 
