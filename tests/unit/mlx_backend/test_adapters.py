@@ -19,6 +19,7 @@ from mlxpool_server.mlx_backend.adapters.adapter import Adapter
 from mlxpool_server.mlx_backend.drafting.pace import DraftPace
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.loader import MlxLoader
+from mlxpool_server.mlx_backend.memory import device_kind
 from tiny_models import write_model
 from tiny_models.adapters import write_adapter
 
@@ -95,6 +96,11 @@ def answers(
     return [tokens[:NUM_TOKENS] for tokens in got]
 
 
+# A GPU rounds otherwise for other numbers of rows, and mlx-lm's reference has one.
+exact = pytest.mark.skipif(device_kind() == "cuda", reason="CUDA's products depend on the batch")
+
+
+@exact
 @pytest.mark.parametrize(
     "wanted",
     [["one"] * 5, ["one", "", "two", "one", "two"], ["", "two", "", "", "one"]],
@@ -166,6 +172,7 @@ def test_a_model_that_is_loaded_again_has_other_prefixes(loaded: Loaded) -> None
     assert first.number != second.number
 
 
+@exact
 @pytest.mark.parametrize(
     "changes",
     [{"prompt_lookup_tokens": 4}, {"kv_quantization": KvQuantization(8, 32)}],

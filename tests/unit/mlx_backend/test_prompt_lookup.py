@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from mlxpool_server.mlx_backend.drafting.pace import MIN_PASSES, PAUSE_STEPS, DraftPace
+from mlxpool_server.mlx_backend.drafting.pace import (
+    MAX_MISSES,
+    MIN_PASSES,
+    PAUSE_STEPS,
+    DraftPace,
+)
 from mlxpool_server.mlx_backend.drafting.prompt_lookup import FIRST_WIDTH, PromptLookup
 
 
@@ -46,6 +51,24 @@ def test_drafts_that_do_not_pay_are_paused() -> None:
     asked = [pace.is_worth(4) for _ in range(PAUSE_STEPS + 1)]
     assert asked == [False] * PAUSE_STEPS + [True]
     assert pace.is_worth(1)
+
+
+def test_looking_in_vain_is_given_a_rest() -> None:
+    """For longer each time, until somebody has a guess again."""
+    pace = DraftPace()
+
+    def rest() -> int:
+        for _ in range(MAX_MISSES):
+            assert pace.is_worth(1)
+            pace.looked(found=False)
+        steps = 0
+        while not pace.is_worth(1):
+            steps += 1
+        return steps
+
+    assert [rest() for _ in range(5)] == [8, 16, 32, 64, 64]
+    pace.looked(found=True)
+    assert rest() == 8
 
 
 def test_drafts_that_pay_go_on() -> None:

@@ -16,6 +16,7 @@ from mlxpool_server.domain import KvQuantization, Layout, ModelSpec, SamplingPar
 from mlxpool_server.errors import LoadFailedError
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.loader import MlxLoader
+from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.quantized_row_cache import QuantizedRowCache
 from mlxpool_server.mlx_backend.row_cache import Lengths
 from tiny_models import RARE_ARCHITECTURES, write_model
@@ -76,6 +77,13 @@ def mlx_lms(folder: Path, prompt: list[int], quantization: KvQuantization) -> li
     return [token for token, _ in steps]
 
 
+# MLX 0.32.4 has no quantised product over a batch there, and mlx-lm's cache needs one.
+has_reference = pytest.mark.skipif(
+    device_kind() == "cuda", reason="mlx-lm's quantised cache does not run on CUDA"
+)
+
+
+@has_reference
 @pytest.mark.parametrize("quantization", [EIGHT_BITS, FOUR_BITS])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3_next"])
 def test_a_batch_gives_mlx_lms_tokens(
@@ -136,6 +144,7 @@ def test_a_prefix_that_is_cached(tmp_path: Path) -> None:
     batch.close()
 
 
+@has_reference
 def test_a_model_whose_rows_cannot_share_a_batch(tmp_path: Path) -> None:
     """It is served a row at a time, and rounds what it can."""
     text_config = RARE_ARCHITECTURES["llama4"]["text_config"] | {"head_dim": 32}
@@ -170,8 +179,8 @@ def test_what_attention_gets_is_what_was_written() -> None:
     cache.update_and_fetch(keys, values)
     cache.finalize()
     fetched = cache.update_and_fetch(keys[:, :, :1], values[:, :, :1])
-    for (packed, scales, biases), wrote in zip(fetched, (keys, values), strict=True):
-        held = np.asarray(mx.dequantize(packed, scales, biases, 32, 8))
+    for got, wrote in zip(fetched, (keys, values), strict=True):
+        held = np.asarray(mx.dequantize(*got, 32, 8) if isinstance(got, tuple) else got)
         wanted = np.asarray(wrote)
         assert held.shape[2] == 8
         assert np.allclose(held[0, :, :7], wanted[0], atol=0.02)

@@ -61,7 +61,9 @@ class Drafter:
         # one: there may be none.
         room = min(row.max_tokens - len(row.generated) - 1 for row in rows)
         most = min(self._max_drafts, room)
-        return self._guesser.guess(rows, caches, most) if most > 0 else None
+        guesses = self._guesser.guess(rows, caches, most) if most > 0 else None
+        self._pace.looked(found=guesses is not None)
+        return guesses
 
     def learn(self, row: Row, num_guessed: int, num_accepted: int) -> None:
         """Tell how a row's guesses did."""

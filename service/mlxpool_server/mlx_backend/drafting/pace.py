@@ -10,6 +10,10 @@ WEIGHT = 0.2
 MIN_PASSES = 8
 # Steps without guesses before they are tried again.
 PAUSE_STEPS = 256
+# So often in a row nobody had a guess: then steps run ahead of each other again, for longer each
+# time.
+MAX_MISSES = 4
+REST_STEPS = (8, 16, 32, 64)
 
 
 @dataclass(slots=True)
@@ -31,9 +35,15 @@ class DraftPace:
     def __init__(self) -> None:
         self._costs: dict[tuple[int, bool], _Cost] = {}
         self._pauses: dict[int, int] = {}
+        self._num_misses = 0
+        self._num_rests = 0
+        self._rest_steps = 0
 
     def is_worth(self, num_rows: int) -> bool:
         """Asked once a step."""
+        if self._rest_steps:
+            self._rest_steps -= 1
+            return False
         kind = (num_rows - 1).bit_length()
         left = self._pauses.get(kind, 0)
         if left:
@@ -42,6 +52,17 @@ class DraftPace:
                 # Its rows are others by now.
                 self._costs.pop((kind, True), None)
         return left == 0
+
+    def looked(self, *, found: bool) -> None:
+        """Tell whether anybody had a guess: waiting for tokens to look at them costs, too."""
+        if found:
+            self._num_misses = self._num_rests = 0
+            return
+        self._num_misses += 1
+        if self._num_misses == MAX_MISSES:
+            self._num_misses = 0
+            self._rest_steps = REST_STEPS[min(self._num_rests, len(REST_STEPS) - 1)]
+            self._num_rests += 1
 
     def learn(
         self, num_rows: int, num_tokens: int, duration_s: float, *, has_guesses: bool
