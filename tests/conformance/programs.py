@@ -1,0 +1,120 @@
+"""Every client's `conformance` program: how it is built, started and spoken to."""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+from e2e.server_process import ROOT, environment
+
+BUILD_TIMEOUT_S = 900
+ANSWER_TIMEOUT_S = 90
+
+Json = dict[str, Any]
+
+
+class MissingToolchainError(Exception):
+    """The client cannot be built here; the text says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """tools: the programs that building and running it needs. build: commands, in `folder`."""
+
+    name: str
+    folder: Path
+    run: tuple[str, ...]
+    tools: tuple[str, ...] = ()
+    build: tuple[tuple[str, ...], ...] = ()
+
+    def command(self, folder: Path) -> list[str]:
+        """Build it; `folder` is for what is built. Raises: MissingToolchainError."""
+        missing = [tool for tool in self.tools if shutil.which(tool) is None]
+        if missing:
+            raise MissingToolchainError(f"no {' and no '.join(missing)} on this machine")
+        for step in self.build:
+            subprocess.run(
+                [word.format(out=folder) for word in step],
+                cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S,
+            )  # fmt: skip
+        return [word.format(out=folder) for word in self.run]
+
+
+CLIENTS = {
+    client.name: client
+    for client in (
+        Client(
+            "python",
+            ROOT / "clients" / "python",
+            run=(sys.executable, str(ROOT / "clients" / "python" / "conform.py")),
+        ),
+    )
+}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a program wrote about one call."""
+
+    events: list[Json] = field(default_factory=list)
+    response: Json | None = None
+    end: Json = field(default_factory=dict)
+
+
+class Program:
+    """A running program, which makes one call after the other."""
+
+    def __init__(self, command: list[str], folder: Path, errors: IO[str]) -> None:
+        self._process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+        )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            assert self._process.wait(ANSWER_TIMEOUT_S) == 0
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join()
+            self._process.stdout.close()
+
+    def perform(self, call: Json) -> Outcome:
+        """Make one call and return all that came of it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        outcome = Outcome()
+        while not outcome.end:
+            line = self._lines.get(timeout=ANSWER_TIMEOUT_S)
+            assert line, "the program ended in the middle of a call; its errors are above"
+            said = json.loads(line)
+            if "event" in said:
+                outcome.events.append(said["event"])
+            elif "response" in said:
+                outcome.response = said["response"]
+            else:
+                outcome.end = said["end"]
+        return outcome
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
