@@ -79,12 +79,12 @@ def _message(outcome: Outcome, wanted: str) -> None:
 
 
 def _metadata(outcome: Outcome, wanted: list[str] | dict[str, str]) -> None:
-    metadata = outcome.end.get("metadata", {})
+    metadata = outcome.end.get("metadata") or {}
     assert metadata == wanted if isinstance(wanted, dict) else set(wanted) <= set(metadata)
 
 
 def _fields(outcome: Outcome, wanted: list[str]) -> None:
-    violations = outcome.end.get("field_violations", [])
+    violations = outcome.end.get("field_violations") or []
     assert [each["field"] for each in violations] == wanted
     assert all(each["description"] for each in violations)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -26,25 +27,39 @@ class MissingToolchainError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """tools: the programs that building and running it needs. build: commands, in `folder`."""
+    """build, run, checks: commands in `folder`; checks are the client's own tests.
+
+    chat, readme: run the example, and the README's first program, which is in "{out}/" + source.
+    tools: the programs that they need. "{out}" is a folder for what is built.
+    """
 
     name: str
     folder: Path
     run: tuple[str, ...]
     tools: tuple[str, ...] = ()
     build: tuple[tuple[str, ...], ...] = ()
+    checks: tuple[tuple[str, ...], ...] = ()
+    chat: tuple[str, ...] = ()
+    readme: tuple[str, ...] = ()
+    source: str = ""
 
-    def command(self, folder: Path) -> list[str]:
-        """Build it; `folder` is for what is built. Raises: MissingToolchainError."""
+    def need_tools(self) -> None:
+        """Raises: MissingToolchainError."""
         missing = [tool for tool in self.tools if shutil.which(tool) is None]
         if missing:
             raise MissingToolchainError(f"no {' and no '.join(missing)} on this machine")
+
+    def command(self, folder: Path) -> list[str]:
+        """Build it into `folder`, and return how to run it. Raises: MissingToolchainError."""
+        self.need_tools()
         for step in self.build:
-            subprocess.run(
-                [word.format(out=folder) for word in step],
-                cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S,
-            )  # fmt: skip
+            self.perform(step, folder)
         return [word.format(out=folder) for word in self.run]
+
+    def perform(self, step: Sequence[str], folder: Path) -> None:
+        """Run one of the commands; what it writes is seen where pytest shows output."""
+        command = [word.format(out=folder) for word in step]
+        subprocess.run(command, cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S)
 
 
 CLIENTS = {
@@ -54,6 +69,17 @@ CLIENTS = {
             "python",
             ROOT / "clients" / "python",
             run=(sys.executable, str(ROOT / "clients" / "python" / "conform.py")),
+        ),
+        Client(
+            "go",
+            ROOT / "clients" / "go",
+            tools=("go",),
+            build=(("go", "build", "-o", "{out}/conformance", "./internal/conformance"),),
+            run=("{out}/conformance",),
+            checks=(("go", "vet", "./..."), ("go", "test", "./...")),
+            chat=("go", "run", "./examples/chat", "-target", "{target}", "-max-tokens", "12"),
+            readme=("go", "run", "{out}/main.go"),
+            source="main.go",
         ),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from e2e.server_process import ROOT
 
@@ -13,9 +14,9 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _FENCE = re.compile(r"^```(?P<tag>[a-z]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(tag: str) -> list[str]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [match["body"] for match in _FENCE.finditer(readme) if match["tag"] == tag]
+def blocks(tag: str, page: Path = ROOT / "README.md") -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [match["body"] for match in _FENCE.finditer(text) if match["tag"] == tag]
 
 
 def commands() -> Iterator[list[str]]:
