@@ -68,30 +68,46 @@ def nobody() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def program_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Program]]:
-    """The running program of a client; one that cannot be built here skips the test."""
-    running: dict[str, Program | MissingToolchainError] = {}
-    with ExitStack() as stack:
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a client once, into the folder returned; what cannot be built here skips the test."""
+    folders: dict[str, Path | MissingToolchainError] = {}
 
-        def start(name: str) -> Program | MissingToolchainError:
-            client = CLIENTS[name]
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
             try:
-                command = client.command(tmp_path_factory.mktemp(name))
+                CLIENTS[name].build_in(folder)
+                folders[name] = folder
             except MissingToolchainError as error:
-                return error
-            return stack.enter_context(Program(command, client.folder, sys.__stderr__))
+                folders[name] = error
+        found = folders[name]
+        if isinstance(found, MissingToolchainError):
+            pytest.skip(f"the {name} client: {found}")
+        return found
 
-        def program(name: str) -> Program:
-            if name not in running:
-                running[name] = start(name)
-            found = running[name]
-            if isinstance(found, MissingToolchainError):
-                pytest.skip(f"the {name} client: {found}")
-            return found
-
-        yield program
+    return folder_of
 
 
 @pytest.fixture
-def program(program_of: Callable[[str], Program], client_name: str) -> Program:
-    return program_of(client_name)
+def built(build: Callable[[str], Path], client_name: str) -> Path:
+    return build(client_name)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[tuple[dict[str, Program], ExitStack]]:
+    with ExitStack() as stack:
+        yield {}, stack
+
+
+@pytest.fixture
+def program(
+    programs: tuple[dict[str, Program], ExitStack], built: Path, client_name: str
+) -> Program:
+    """The client's running program, started once."""
+    running, stack = programs
+    if client_name not in running:
+        client = CLIENTS[client_name]
+        command = [word.format(out=built) for word in client.run]
+        started = stack.enter_context(Program(command, client.folder, sys.__stderr__))
+        running[client_name] = started
+    return running[client_name]

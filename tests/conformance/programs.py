@@ -43,24 +43,21 @@ class Client:
     readme: tuple[str, ...] = ()
     source: str = ""
 
-    def need_tools(self) -> None:
+    def build_in(self, folder: Path) -> None:
         """Raises: MissingToolchainError."""
         missing = [tool for tool in self.tools if shutil.which(tool) is None]
         if missing:
             raise MissingToolchainError(f"no {' and no '.join(missing)} on this machine")
-
-    def command(self, folder: Path) -> list[str]:
-        """Build it into `folder`, and return how to run it. Raises: MissingToolchainError."""
-        self.need_tools()
         for step in self.build:
             self.perform(step, folder)
-        return [word.format(out=folder) for word in self.run]
 
     def perform(self, step: Sequence[str], folder: Path) -> None:
         """Run one of the commands; what it writes is seen where pytest shows output."""
         command = [word.format(out=folder) for word in step]
         subprocess.run(command, cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S)
 
+
+_AS_A_DEPENDENCY = 'mkdir "{out}/node_modules" && ln -s "$PWD" "{out}/node_modules/mlxpool" && '
 
 CLIENTS = {
     client.name: client
@@ -80,6 +77,20 @@ CLIENTS = {
             chat=("go", "run", "./examples/chat", "-target", "{target}", "-max-tokens", "12"),
             readme=("go", "run", "{out}/main.go"),
             source="main.go",
+        ),
+        Client(
+            "typescript",
+            ROOT / "clients" / "typescript",
+            tools=("node", "npm"),
+            build=(
+                ("npm", "ci", "--ignore-scripts", "--silent"),
+                ("npm", "run", "build", "--silent"),
+            ),
+            run=("node", "dist/conformance/main.js"),
+            checks=(("npm", "test", "--silent"),),
+            chat=("node", "dist/examples/chat.js", "--target", "{target}", "--max-tokens", "12"),
+            readme=("sh", "-c", _AS_A_DEPENDENCY + "node {out}/main.mjs"),
+            source="main.mjs",
         ),
     )
 }
