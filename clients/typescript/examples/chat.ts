@@ -44,6 +44,7 @@ async function say(asked: ChatMessage[]): Promise<ChatMessage | undefined> {
     const request = {
       model: values.model,
       prompt: chat(...asked),
+      sampling: { temperature: 0 },
       stop: { maxTokens: Number(values["max-tokens"]) },
     };
     for await (const event of client.generate(request, { signal: controller.signal })) {

@@ -56,6 +56,7 @@ func chat(target, model, ca string, limits *mlxpool.StopConditions) error {
 	for lines := bufio.NewScanner(os.Stdin); prompt() && lines.Scan(); {
 		messages = append(messages, mlxpool.User(lines.Text()))
 		request := mlxpool.ChatRequest(model, messages...)
+		request.Sampling = &mlxpool.SamplingParams{Temperature: proto.Float32(0)}
 		request.Stop = limits
 		answer, err := say(client, request)
 		switch {
