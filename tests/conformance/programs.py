@@ -57,6 +57,7 @@ class Client:
         subprocess.run(command, cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S)
 
 
+_CARGO = (str(ROOT / "scripts" / "cargo"),)
 _AS_A_DEPENDENCY = 'mkdir "{out}/node_modules" && ln -s "$PWD" "{out}/node_modules/mlxpool" && '
 
 CLIENTS = {
@@ -91,6 +92,32 @@ CLIENTS = {
             chat=("node", "dist/examples/chat.js", "--target", "{target}", "--max-tokens", "12"),
             readme=("sh", "-c", _AS_A_DEPENDENCY + "node {out}/main.mjs"),
             source="main.mjs",
+        ),
+        Client(
+            "rust",
+            ROOT / "clients" / "rust",
+            tools=("cargo", "rustfmt", "cargo-clippy"),
+            build=((*_CARGO, "build", "--quiet", "--locked", "--examples"),),
+            run=(*_CARGO, "run", "--quiet", "--locked", "--example", "conformance"),
+            checks=(
+                (*_CARGO, "fmt", "--check", "--all"),
+                (
+                    *_CARGO,
+                    "clippy",
+                    "--quiet",
+                    "--locked",
+                    "--all-targets",
+                    "--features",
+                    "server",
+                    "--",
+                    "--deny",
+                    "warnings",
+                ),
+                (*_CARGO, "test", "--quiet", "--locked", "--features", "server"),
+            ),
+            chat=(*_CARGO, "run", "--quiet", "--example", "chat", "{target}", "demo", "12"),
+            readme=(*_CARGO, "run", "--quiet", "--offline", "--manifest-path", "{out}/Cargo.toml"),
+            source="main.rs",
         ),
     )
 }

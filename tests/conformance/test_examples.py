@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def output_of(client: Client, command: tuple[str, ...], said: str, **values: obj
 
 def test_readme_program(client: Client, demo_address: str, tmp_path: Path) -> None:
     """The page's first program streams the model's answer and says how long it was."""
-    tag = {"main.go": "go", "main.mjs": "ts"}[client.source]
-    program = blocks(tag, client.folder / "README.md")[0]
+    page = client.folder / "README.md"
+    tag = {"main.go": "go", "main.mjs": "ts", "main.rs": "rust"}[client.source]
+    program = blocks(tag, page)[0]
+    if tag == "rust":
+        package = '[package]\nname = "readme"\nedition = "2024"\n[[bin]]\nname = "readme"\n'
+        dependencies = blocks("toml", page)[0]
+        dependencies = dependencies.replace("/path/to/mlxpool/clients/rust", str(page.parent))
+        manifest = f'{package}path = "main.rs"\n{dependencies}'
+        (tmp_path / "Cargo.toml").write_text(manifest, encoding="utf-8")
+        shutil.copy(page.parent / "Cargo.lock", tmp_path)
     (tmp_path / client.source).write_text(at(demo_address, program), encoding="utf-8")
     output = output_of(client, client.readme, "", out=tmp_path)
     assert " tokens, " in output
