@@ -25,6 +25,7 @@ from mlxpool_server.mlx_backend.openblas import OpenBlas, load_openblas
 from mlxpool_server.pool.backend import DeviceMemory, ModelLoader
 from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
+from mlxpool_server.pool.embedding import Embeddings
 from mlxpool_server.pool.generation import Generations
 from mlxpool_server.pool.generation_limits import GenerationLimits
 from mlxpool_server.pool.memory import PoolMemory
@@ -101,12 +102,20 @@ class App:
         self._generations = Generations(
             self._pool, self._engine, self._prompts, _generation_limits(settings)
         )
+        self._embeddings = Embeddings(
+            self._pool,
+            self._engine,
+            self._prompts,
+            _generation_limits(settings),
+            settings.max_message_bytes,
+        )
         self._health = Health(self._pool.is_usable, models_changed)
         self._memory = PoolMemory(self._pool, memory)
         self._memory_service = MemoryService(self._memory)
         self._model_service = ModelService(
             pool=self._pool,
             generations=self._generations,
+            embeddings=self._embeddings,
             prompts=self._prompts,
             limits=_request_limits(settings),
             device=device,
@@ -205,6 +214,7 @@ class App:
                 self._prompts.forget(spec.name)
         self._pool.set_catalog(catalog, merged.default_keep_alive_s)
         self._generations.set_limits(_generation_limits(merged))
+        self._embeddings.set_limits(_generation_limits(merged))
         self._model_service.set_limits(_request_limits(merged))
         before, after = ({spec.name for spec in each} for each in (self._catalog, catalog))
         self._settings, self._catalog = merged, catalog
@@ -245,12 +255,14 @@ class App:
         False: a thread is stuck, in a step, a load or a prompt, and will not end with the process.
         """
         self._health.set_serving(is_serving=False)
-        log.info("server.draining", in_flight=self._generations.num_in_flight)
+        log.info("server.draining", in_flight=self._num_in_flight)
         # What waits for a stuck engine will not end by itself.
         grace_s = 0.0 if self._exit_code == EXIT_STUCK else self._settings.drain_grace_s
-        is_drained = await self._generations.drain(grace_s)
+        is_drained = all(
+            await asyncio.gather(self._generations.drain(grace_s), self._embeddings.drain(grace_s))
+        )
         if not is_drained:
-            log.warning("server.drain_timed_out", in_flight=self._generations.num_in_flight)
+            log.warning("server.drain_timed_out", in_flight=self._num_in_flight)
         error = DrainingError(RETRY_AFTER_S)
         is_engine_stopped = await self._engine.stop(error, ENGINE_STOP_S)
         self._memory_service.close()
@@ -269,6 +281,10 @@ class App:
             pool_closed=is_pool_closed,
         )
         return is_engine_stopped and is_pool_closed and self._prompts.is_idle
+
+    @property
+    def _num_in_flight(self) -> int:
+        return self._generations.num_in_flight + self._embeddings.num_in_flight
 
     async def _close_pool(self, error: DrainingError) -> bool:
         try:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 # By how many tokens mlx-lm's KV caches grow at a time.
 KV_STEP_TOKENS = 256
+# In a pass over texts to embed, a text is padded to at most so many times its length, unless all of
+# them are as short as that.
+MAX_STRETCH = 2
+SHORT_TOKENS = 32
 
 # ---------------------------------------------------------------- models
 
@@ -31,6 +37,7 @@ class Capability(enum.Enum):
     CONSTRAINTS = "constraints"
     TOOLS = "tools"
     REASONING = "reasoning"
+    EMBEDDINGS = "embeddings"
 
 
 class Layout(enum.Enum):
@@ -172,6 +179,39 @@ class Footprint:
         transient = max(self.logits_bytes * num_rows, per_prefill_token * prefill_tokens)
         return num_rows * self.row_bytes(longest) + transient
 
+    def embedding_bytes(self, longest: int, pass_tokens: int) -> int:
+        """The most that embedding texts of up to `longest` tokens takes.
+
+        `pass_tokens`: those of one pass, padding included. What is longer goes alone, through a
+        cache if the model has one.
+        """
+        per_token = self.activation_bytes_per_token + self.score_bytes * longest
+        return self.row_bytes(longest) + per_token * pass_tokens
+
+
+class Pooling(enum.Enum):
+    """Which of a text's hidden states become its embedding."""
+
+    MEAN = "mean"
+    LAST_TOKEN = "last_token"  # noqa: S105 - a token of another kind
+    CLS = "cls"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingInfo:
+    """How a model embeds texts."""
+
+    # Numbers in an embedding.
+    size: int
+    # None: its own is one that this server does not know.
+    pooling: Pooling | None
+    # The most tokens of one pass, padding included.
+    pass_tokens: int
+    # Of a text; None: as many as its context.
+    max_tokens: int | None = None
+    # Why it cannot be done, in words; empty when it can.
+    problem: str = ""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -189,6 +229,10 @@ class ModelInfo:
     capabilities: frozenset[Capability] = frozenset()
     # The names of its classes elsewhere, as config.json has them.
     class_names: tuple[str, ...] = ()
+    # None: nothing is known of its hidden states.
+    embedding: EmbeddingInfo | None = None
+    # False: it only embeds.
+    can_generate: bool = True
 
     @property
     def load_bytes(self) -> int:
@@ -627,6 +671,30 @@ class GenerationFinished:
 
 
 GenerationEvent = GenerationStarted | GenerationProgress | GenerationDelta | GenerationFinished
+
+
+# ---------------------------------------------------------------- embeddings
+
+# The numbers of one embedding, float32.
+Vector: TypeAlias = "array[float]"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    model: str
+    inputs: tuple[Prompt, ...]
+    # None: the model's own.
+    pooling: Pooling | None = None
+    normalize: bool = True
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """One vector for each input, in their order."""
+
+    vectors: tuple[Vector, ...]
+    prompt_tokens: int
 
 
 # ---------------------------------------------------------------- memory

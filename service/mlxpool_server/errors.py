@@ -40,7 +40,8 @@ class NotImplementedFieldError(MlxpoolError, NotImplementedError):
 class PromptTooLongError(MlxpoolError, ValueError):
     """`limit_tokens` is `what`: the model's context, which has to hold the answer too, or less.
 
-    `is_lower_bound`: nobody counted; so many tokens it has at the least.
+    `is_lower_bound`: nobody counted; so many tokens it has at the least. `field` is the request's
+    field path.
     """
 
     def __init__(
@@ -50,11 +51,16 @@ class PromptTooLongError(MlxpoolError, ValueError):
         what: str = "the model's context",
         *,
         is_lower_bound: bool = False,
+        field: str = "prompt",
     ) -> None:
         has = "has at least" if is_lower_bound else "has"
-        super().__init__(f"the prompt {has} {prompt_tokens} tokens, {what} is {limit_tokens}")
+        subject = "the prompt" if field == "prompt" else field
+        super().__init__(f"{subject} {has} {prompt_tokens} tokens, {what} is {limit_tokens}")
         self.prompt_tokens = prompt_tokens
         self.limit_tokens = limit_tokens
+        self.what = what
+        self.is_lower_bound = is_lower_bound
+        self.field = field
 
 
 class ModelNotFoundError(MlxpoolError, LookupError):
@@ -186,8 +192,8 @@ class ModelUnloadedError(MlxpoolError):
 class GenerationFailedError(MlxpoolError):
     """The engine failed; the cause is logged, never sent."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"the generation on {model!r} failed inside the engine")
+    def __init__(self, model: str, what: str = "generation") -> None:
+        super().__init__(f"the {what} on {model!r} failed inside the engine")
         self.model = model
 
 
@@ -282,3 +288,23 @@ class AddressUnavailableError(MlxpoolError, OSError):
             f"cannot listen on {address}: it is in use, or not an address of this host"
         )
         self.address = address
+
+
+def of_input(error: MlxpoolError, index: int) -> MlxpoolError:
+    """The error of a prompt that is one of several inputs: its field says which."""
+    path = f"inputs[{index}]"
+    match error:
+        case InvalidFieldError(field=field, problem=problem):
+            return InvalidFieldError(path + field.removeprefix("prompt"), problem)
+        case NotImplementedFieldError(field=field):
+            return NotImplementedFieldError(path + field.removeprefix("prompt"))
+        case PromptTooLongError():
+            return PromptTooLongError(
+                error.prompt_tokens,
+                error.limit_tokens,
+                error.what,
+                is_lower_bound=error.is_lower_bound,
+                field=path,
+            )
+        case _:
+            return error

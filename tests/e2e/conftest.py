@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def server_process(
 def server_address(server_process: ServerProcess) -> str:
     """HOST:PORT of a server whose only model is `demo`."""
     return server_process.address
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2; fetched here if it was not fetched before."""
+    command = [ROOT / "scripts" / "install-minilm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        if os.environ.get("CI") == "true":
+            pytest.fail(done.stderr)
+        pytest.skip(f"no all-MiniLM-L6-v2: {done.stderr}")
+    return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="session")

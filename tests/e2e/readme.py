@@ -57,5 +57,10 @@ def needs_adapter(text: str) -> bool:
     return '"adapter": ' in text or "adapter=" in text
 
 
+def needs_minilm(text: str) -> bool:
+    """Whether it asks for an embedding model."""
+    return '"minilm"' in text
+
+
 def at(address: str, text: str) -> str:
     return text.replace(DEFAULT_ADDRESS, address)

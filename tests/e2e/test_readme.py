@@ -13,6 +13,7 @@ from e2e.readme import (
     at,
     grpcurl_examples,
     needs_adapter,
+    needs_minilm,
     needs_tools,
     python_examples,
 )
@@ -23,13 +24,15 @@ TIMEOUT_S = 120
 pytestmark = [pytest.mark.demo_model, pytest.mark.timeout(600)]
 
 # Those that need a model which calls tools are test_readme_tools.py's, those that need an adapter
-# test_readme_adapters.py's.
+# test_readme_adapters.py's, and those that need one which embeds test_embeddings.py's.
 GRPCURL = [
     words
     for words in grpcurl_examples()
-    if not needs_tools(words) and not needs_adapter(" ".join(words))
+    if not needs_tools(words)
+    and not needs_adapter(" ".join(words))
+    and not any(map(needs_minilm, words))
 ]
-PYTHON = [code for code in python_examples() if not needs_adapter(code)]
+PYTHON = [code for code in python_examples() if not needs_adapter(code) and not needs_minilm(code)]
 
 
 def title(words: list[str]) -> str:
@@ -45,8 +48,8 @@ def test_readme_has_examples() -> None:
 
 def test_examples_address_the_default_port() -> None:
     """What a reader copies works with a server that was started without settings."""
-    assert all(DEFAULT_ADDRESS in words for words in GRPCURL)
-    assert all(DEFAULT_ADDRESS in block for block in PYTHON)
+    assert all(DEFAULT_ADDRESS in words for words in grpcurl_examples())
+    assert all(DEFAULT_ADDRESS in block for block in python_examples())
 
 
 @pytest.mark.parametrize("words", GRPCURL, ids=map(title, GRPCURL))

@@ -10,11 +10,13 @@ from fakes.model import FakeModel
 from fakes.tokenizer import FakeTokenizer
 from mlxpool_server.domain import (
     Capability,
+    EmbeddingInfo,
     Footprint,
     LoadPhase,
     LoadProgress,
     ModelInfo,
     ModelSpec,
+    Pooling,
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError
 
@@ -27,6 +29,10 @@ class FakeFiles:
     warm_up_bytes: int = 0
     context_length: int = 1000
     footprint: Footprint = field(default_factory=Footprint)
+    embedding: EmbeddingInfo | None = field(
+        default_factory=lambda: EmbeddingInfo(2, Pooling.MEAN, pass_tokens=100)
+    )
+    can_generate: bool = True
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     # False: a hub model, until it is fetched.
@@ -60,6 +66,7 @@ class FakeFiles:
             Capability.CHAT: True,
             Capability.TOOLS: self.tokenizer.has_tools,
             Capability.REASONING: self.tokenizer.has_reasoning,
+            Capability.EMBEDDINGS: self.embedding is not None,
         }
         return frozenset(capability for capability, has in can.items() if has)
 
@@ -106,6 +113,8 @@ class FakeLoader:
             revision="r1",
             capabilities=files.capabilities,
             class_names=("FakeForCausalLM",),
+            embedding=files.embedding,
+            can_generate=files.can_generate,
         )
 
     def _draft_bytes(self, spec: ModelSpec) -> int:

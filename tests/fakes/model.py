@@ -5,11 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from fakes.tokenizer import EOS
-from mlxpool_server.domain import SamplingParams
-from mlxpool_server.engine.backend import Guide, LoadedAdapter, StepOutput, TokenScores
+from mlxpool_server.domain import SamplingParams, Vector
+from mlxpool_server.engine.backend import (
+    EmbeddingJob,
+    Guide,
+    LoadedAdapter,
+    StepOutput,
+    TokenScores,
+)
 from mlxpool_server.errors import MlxpoolError
 
 Script = Callable[[Sequence[int]], Iterator[int]]
@@ -51,15 +58,32 @@ class FakeModel:
         self.runner_errors: list[Exception] = []
         self.add_errors: list[Exception] = []
         self.remove_errors: list[Exception] = []
+        self.pass_errors: list[BaseException] = []
         # By slot: why it alone cannot go on, told by the next step.
         self.slot_errors: dict[int, MlxpoolError] = {}
         self.close_errors: list[Exception] = []
         self.batches: list[FakeBatch] = []
+        self.embedders: list[FakeEmbedder] = []
+        # False: nothing is known of its hidden states.
+        self.can_embed = True
+
+    def new_embedder(self) -> FakeEmbedder | None:
+        if not self.can_embed:
+            return None
+        self.embedders.append(FakeEmbedder(self))
+        return self.embedders[-1]
 
     def new_runner(self) -> FakeBatch:
         _raise_next(self.runner_errors)
         self.batches.append(FakeBatch(self))
         return self.batches[-1]
+
+    def wait_for_step(self) -> None:
+        """Engine thread."""
+        if (steps := self.steps) is not None:
+            self.is_waiting.set()
+            steps.acquire()
+            self.is_waiting.clear()
 
     def run_freely(self) -> None:
         """Let the step that waits go, and all that follow."""
@@ -121,10 +145,7 @@ class FakeBatch:
         self.slots[slot] = itertools.chain(token_ids, self.slots[slot])
 
     def step(self) -> StepOutput:
-        if (steps := self.model.steps) is not None:
-            self.model.is_waiting.set()
-            steps.acquire()
-            self.model.is_waiting.clear()
+        self.model.wait_for_step()
         self.num_steps += 1
         self.threads.add(threading.current_thread().name)
         _raise_next(self.model.step_errors)
@@ -165,6 +186,54 @@ class FakeBatch:
         self.is_closed = True
         self.slots.clear()
         _raise_next(self.model.close_errors)
+
+
+class FakeEmbedder:
+    """A text a pass: its vector is its length and its first token."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.model = model
+        self.jobs: dict[int, EmbeddingJob] = {}
+        # All that ever came.
+        self.asked: list[EmbeddingJob] = []
+        self.vectors: dict[int, list[Vector]] = {}
+        self.threads: set[str] = set()
+        # Of each pass, whether nothing else was waiting.
+        self.were_alone: list[bool] = []
+        # How many steps streams had had before it.
+        self.steps_before: list[int] = []
+
+    def add(self, slot: int, job: EmbeddingJob) -> None:
+        _raise_next(self.model.add_errors)
+        self.jobs[slot] = job
+        self.asked.append(job)
+        self.vectors[slot] = []
+
+    def remove(self, slot: int) -> None:
+        self.jobs.pop(slot, None)
+        self.vectors.pop(slot, None)
+
+    def step(self, *, is_alone: bool) -> list[tuple[int, tuple[Vector, ...]]]:
+        self.model.wait_for_step()
+        self.threads.add(threading.current_thread().name)
+        self.were_alone.append(is_alone)
+        self.steps_before.append(sum(batch.num_steps for batch in self.model.batches))
+        _raise_next(self.model.pass_errors)
+        slot, job = next(iter(self.jobs.items()))
+        done = self.vectors[slot]
+        text = job.texts[len(done)]
+        done.append(array("f", [len(text), text[0]]))
+        if len(done) < len(job.texts):
+            return []
+        self.remove(slot)
+        return [(slot, tuple(done))]
+
+    def kv_bytes(self) -> int:
+        return 5 * len(self.jobs)
+
+    def close(self) -> None:
+        self.jobs.clear()
+        self.vectors.clear()
 
 
 def _scores(token: int, count: int) -> TokenScores:

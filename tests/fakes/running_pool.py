@@ -15,6 +15,8 @@ from fakes.loader import FakeFiles, FakeLoader
 from fakes.memory import FakeMemory
 from fakes.running_engine import PATIENCE_S
 from mlxpool_server.domain import (
+    EmbedRequest,
+    EmbedResult,
     GenerationEvent,
     GenerationFinished,
     GenerationProgress,
@@ -24,6 +26,7 @@ from mlxpool_server.domain import (
     LoadOptions,
     ModelSpec,
     ModelState,
+    Prompt,
     TextPrompt,
 )
 from mlxpool_server.engine.engine import Engine
@@ -31,6 +34,7 @@ from mlxpool_server.errors import DrainingError
 from mlxpool_server.pool import model_pool
 from mlxpool_server.pool.broadcast import Broadcast
 from mlxpool_server.pool.catalog import Catalog
+from mlxpool_server.pool.embedding import MAX_REPLY_BYTES, Embeddings
 from mlxpool_server.pool.entry import Entry
 from mlxpool_server.pool.generation import Generations
 from mlxpool_server.pool.generation_limits import GenerationLimits
@@ -166,8 +170,11 @@ class House:
             "heartbeat_s": PATIENCE_S,
             "max_batch_size": max_batch_size,
         }
-        self.generations = Generations(
-            self.pool, self.engine, self.prompts, GenerationLimits(**(limits | options))
+        max_reply_bytes = options.pop("max_reply_bytes", MAX_REPLY_BYTES)
+        all_limits = GenerationLimits(**(limits | options))
+        self.generations = Generations(self.pool, self.engine, self.prompts, all_limits)
+        self.embeddings = Embeddings(
+            self.pool, self.engine, self.prompts, all_limits, max_reply_bytes
         )
 
     def _on_model_failed(self, name: str) -> None:
@@ -201,6 +208,11 @@ class House:
         """A generation that echoes `text`, or another `prompt`."""
         fields = {"prompt": TextPrompt(text)} | changes
         return Stream(self.generations, GenerationRequest(model=model, **fields))
+
+    async def embed(self, *inputs: str | Prompt, model: str = "m", **fields: Any) -> EmbedResult:
+        prompts = tuple(TextPrompt(each) if isinstance(each, str) else each for each in inputs)
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.embeddings.embed(EmbedRequest(model, prompts, **fields))
 
     async def answer(self, text: str = "abc", model: str = "m", **changes: Any) -> str:
         return (await self.generate(text, model, **changes).finished()).text
@@ -268,6 +280,7 @@ class House:
         assert all(entry.residency is None for entry in self.pool._entries.values())
         assert all(entry.num_leases == 0 for entry in self.pool._entries.values())
         assert self.generations.num_in_flight == 0
+        assert self.embeddings.num_in_flight == 0
         assert self.engine._readers == {}
         assert self.engine._pending == {}
         names = [thread.name for thread in threading.enumerate()]
@@ -286,7 +299,7 @@ async def running_house(
     """Open a house; at its end everything in it has to be clean.
 
     `specs` say more about some of the `files`; `options` are those of GenerationLimits and
-    max_batch_size, default_keep_alive_s, heartbeat_s, prompt_cache_share.
+    max_batch_size, default_keep_alive_s, heartbeat_s, prompt_cache_share, max_reply_bytes.
     """
     house = House({"m": FakeFiles()} if files is None else files, specs, limit_bytes, **options)
     loop = asyncio.get_running_loop()

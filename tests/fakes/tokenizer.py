@@ -57,7 +57,7 @@ class FakeTokenizer:
         self.has_chat_template = has_chat_template
         self.has_tools = self.has_reasoning = speaks_format
         self.vocab_size = VOCAB_SIZE
-        self.max_token_chars = 1
+        self.max_token_chars: int | None = 1
         self.eos_token_ids = frozenset({EOS})
         self.may_encode = threading.Event()
         self.may_encode.set()

@@ -431,7 +431,7 @@ def _message(**fields: Any) -> pb.Prompt:
 
 CHAT = "prompt.chat."
 NOT_IMPLEMENTED: list[tuple[str, Message]] = [
-    ("Embed", pb.EmbedRequest(model="m")),
+    ("adapter", pb.EmbedRequest(model="m", adapter="a")),
 ]
 
 
@@ -466,6 +466,7 @@ HONOURED = {
     "UnloadModelRequest": "model adapter force",
     "TokenizeRequest": "model prompt include_pieces",
     "CountTokensRequest": "model prompt",
+    "EmbedRequest": "model inputs pooling normalize keep_alive",
 }
 
 

@@ -210,7 +210,10 @@ async def test_get_model_before_a_load(server: Server) -> None:
     model = await get(server)
     assert (model.architecture, model.context_length, model.vocab_size) == ("fake", 1000, 257)
     assert (model.estimated_bytes, model.resident_bytes) == (100, 0)
-    assert list(model.capabilities) == [pb.MODEL_CAPABILITY_CHAT]
+    assert list(model.capabilities) == [
+        pb.MODEL_CAPABILITY_CHAT,
+        pb.MODEL_CAPABILITY_EMBEDDINGS,
+    ]
     assert not model.HasField("load_time")
 
 

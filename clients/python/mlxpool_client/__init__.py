@@ -12,6 +12,7 @@ seconds. Failed calls raise MlxpoolError and its kinds, which are built-in excep
 from mlxpool_client.aio_client import AsyncClient
 from mlxpool_client.aio_streams import AsyncEventStream, AsyncGeneration, AsyncLoading
 from mlxpool_client.client import Client
+from mlxpool_client.embeddings import Embeddings, EmbedOptions
 from mlxpool_client.enums import (
     CacheKind,
     Capability,
@@ -19,6 +20,7 @@ from mlxpool_client.enums import (
     GenerationPhase,
     LoadPhase,
     ModelState,
+    Pooling,
     Priority,
     Role,
     ToolMode,
@@ -105,6 +107,8 @@ __all__ = [
     "DeadlineUnmeetableError",
     "Delta",
     "DrainingError",
+    "EmbedOptions",
+    "Embeddings",
     "EventStream",
     "FieldViolation",
     "FinishReason",
@@ -143,6 +147,7 @@ __all__ = [
     "NotFoundError",
     "NotSupportedError",
     "PoolMemoryLimitError",
+    "Pooling",
     "PreconditionError",
     "Priority",
     "Progress",

@@ -17,6 +17,13 @@ from mlxpool_client import convert, requests
 from mlxpool_client.aio_streams import AsyncEventStream, AsyncGeneration, AsyncLoading
 from mlxpool_client.channel import DEFAULT_TARGET, open_aio_channel
 from mlxpool_client.durations import optional_duration
+from mlxpool_client.embeddings import (
+    Embeddings,
+    EmbedOptions,
+    Input,
+    embed_request,
+    embeddings,
+)
 from mlxpool_client.enums import CacheKind, ModelState
 from mlxpool_client.errors import UnavailableError
 from mlxpool_client.fold import MemoryFold
@@ -187,6 +194,22 @@ class AsyncClient:
             model=model, prompt=requests.prompt_message(prompt, messages, token_ids)
         )
         return (await self._call(self._models.CountTokens, request, timeout_s)).token_count
+
+    async def embed(
+        self,
+        model: str,
+        inputs: Sequence[Input],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return one vector for each input: a text, a list of messages, or a list of token ids.
+
+        `options` are the fields of EmbedOptions. Raises: InvalidRequestError and its kinds, whose
+        `field_violations` name the input, as `inputs[3]`; CapabilityMissingError.
+        """
+        request = embed_request(model, inputs, **options)
+        return embeddings(await self._call(self._models.Embed, request, timeout_s))
 
     # ------------------------------------------------------------ models
 

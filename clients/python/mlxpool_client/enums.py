@@ -67,6 +67,13 @@ class Priority(OpenEnum):
     HIGH = 3
 
 
+class Pooling(OpenEnum):
+    UNKNOWN = 0
+    MEAN = 1
+    LAST_TOKEN = 2
+    CLS = 3
+
+
 class GenerationPhase(OpenEnum):
     UNKNOWN = 0
     QUEUED = 1

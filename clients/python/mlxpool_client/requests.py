@@ -114,7 +114,7 @@ def generate_request(
     """Raises: TypeError for an unknown option or not exactly one input, ValueError for a value
     the wire cannot carry.
     """
-    _refuse_unknown("generate()", options.keys() - GenerateOptions.__optional_keys__)
+    refuse_unknown("generate()", options.keys() - GenerateOptions.__optional_keys__)
     return model_pb.GenerateRequest(
         model=model,
         adapter=options.get("adapter", ""),
@@ -198,7 +198,7 @@ def _tool_choice(choice: ToolMode | str | None) -> model_pb.ToolChoice | None:
 
 def load_request(model: str, **options: Unpack[LoadOptions]) -> model_pb.LoadModelRequest:
     """Raises: TypeError for an unknown option, ValueError for a negative keep_alive_s."""
-    _refuse_unknown("load_model()", options.keys() - LoadOptions.__optional_keys__)
+    refuse_unknown("load_model()", options.keys() - LoadOptions.__optional_keys__)
     return model_pb.LoadModelRequest(
         model=model,
         adapter=options.get("adapter", ""),
@@ -234,7 +234,7 @@ def clear_cache_request(kinds: Sequence[CacheKind]) -> memory_pb.ClearCacheReque
     )
 
 
-def _refuse_unknown(method: str, unknown: AbstractSet[str]) -> None:
+def refuse_unknown(method: str, unknown: AbstractSet[str]) -> None:
     # At run time a TypedDict checks nothing, and a mistyped option must not be ignored.
     if unknown:
         raise TypeError(f"{method} has no option {', '.join(sorted(unknown))}")

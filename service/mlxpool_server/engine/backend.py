@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from mlxpool_server.domain import OutputPart, SamplingParams
+from mlxpool_server.domain import OutputPart, Pooling, SamplingParams, Vector
 from mlxpool_server.errors import MlxpoolError
 
 
@@ -111,6 +111,38 @@ class LoadedAdapter(Protocol):
     def resident_bytes(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingJob:
+    """Texts of one request, as tokens: none is empty, their ids are in the vocabulary."""
+
+    model: str
+    texts: tuple[tuple[int, ...], ...]
+    pooling: Pooling
+    normalize: bool = True
+
+
+class Embedder(Protocol):
+    """One model's texts on their way to vectors. Engine thread only. A slot is a job's name."""
+
+    def add(self, slot: int, job: EmbeddingJob) -> None:
+        """Take its texts into the passes to come."""
+
+    def remove(self, slot: int) -> None:
+        """Forget what is left of it. No harm for a slot that is not here."""
+
+    def step(self, *, is_alone: bool) -> Sequence[tuple[int, tuple[Vector, ...]]]:
+        """One pass over some texts, to its end; return the jobs that it completed.
+
+        `is_alone`: nothing else waits for the engine, so that a pass may be long.
+        """
+
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache that a long text holds now."""
+
+    def close(self) -> None:
+        """Drop all jobs and everything they hold."""
+
+
 @runtime_checkable
 class LoadedModel(Protocol):
     """Weights in memory, fully evaluated, so that any thread may use them."""
@@ -121,6 +153,9 @@ class LoadedModel(Protocol):
 
     def new_runner(self) -> BatchRunner:
         """An empty batch on this model. Engine thread only."""
+
+    def new_embedder(self) -> Embedder | None:
+        """None: nothing is known of its hidden states. Engine thread only."""
 
 
 class TextDecoder(Protocol):

@@ -15,16 +15,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
-from mlxpool_server.domain import FinishReason, GenerationFinished, StepTotals
-from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.domain import FinishReason, GenerationFinished, StepTotals, Vector
+from mlxpool_server.engine.backend import EmbeddingJob, LoadedModel
+from mlxpool_server.engine.embedding_runner import EmbeddingRunner
 from mlxpool_server.engine.fair_lock import FairLock
+from mlxpool_server.engine.lane import Lane, Part
 from mlxpool_server.engine.messages import (
     Abort,
+    AbortEmbed,
     Attach,
     Detach,
+    Embed,
     LimitPromptCache,
     Message,
     Stop,
@@ -42,15 +47,10 @@ log = structlog.get_logger(__name__)
 MAX_CONSECUTIVE_FAILURES = 3
 
 
-_Reply = tuple[asyncio.Future[None], Exception | None]
+T = TypeVar("T")
 
-
-@dataclass(slots=True)
-class _Lane:
-    """A model's runner, and how its last steps went."""
-
-    runner: ModelRunner
-    consecutive_failures: int = 0
+# A question's future, and its answer: a value or an Exception.
+_Reply = tuple[asyncio.Future[Any], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,12 @@ class Engine:
         self._slots = itertools.count()
         self._readers: dict[int, _Reader] = {}
         self._ended = asyncio.Event()
-        self._pending: dict[asyncio.Future[None], str] = {}
+        self._pending: dict[asyncio.Future[Any], str] = {}
         # The engine thread's.
-        self._lanes: dict[str, _Lane] = {}
-        self._turns = Turns()
+        self._lanes: dict[str, Lane] = {}
+        # By model and place among its lane's parts.
+        self._turns: Turns[tuple[str, int]] = Turns()
+        self._num_busy = 0
         self._outbox: list[tuple[int, StreamItem]] = []
         self._replies: list[_Reply] = []
         # From the engine thread to the event loop, both at once.
@@ -144,6 +146,19 @@ class Engine:
         """Let the model keep so much of earlier prompts; what is above it is gone on return."""
         await self._ask(lambda done: LimitPromptCache(name, num_bytes, done), name)
 
+    async def embed(self, job: EmbeddingJob) -> tuple[Vector, ...]:
+        """Return one vector a text. A caller who gives up frees its place before the next pass.
+
+        Raises: GenerationFailedError, CapabilityMissingError, and what the model was ended with.
+        """
+        slot = next(self._slots)
+        try:
+            return await self._ask(lambda done: Embed(slot, job, done), job.model)
+        except asyncio.CancelledError:
+            if self.is_alive:
+                self._inbox.put(AbortEmbed(slot, job.model))
+            raise
+
     def submit(self, request: SequenceRequest, stream: OutputStream) -> int:
         """Queue one generation; its events arrive on `stream`. Returns the slot, for `abort`.
 
@@ -174,13 +189,13 @@ class Engine:
         """All steps of the model, over all its stays."""
         return self._step_totals.get(name, StepTotals())
 
-    async def _ask(self, message: Callable[[asyncio.Future[None]], Message], name: str) -> None:
+    async def _ask(self, message: Callable[[asyncio.Future[T]], Message], name: str) -> T:
         self._check_alive(name)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._pending[done] = name
         self._inbox.put(message(done))
         try:
-            await done
+            return await done
         finally:
             self._pending.pop(done, None)
 
@@ -195,8 +210,8 @@ class Engine:
             items, replies = self._mail.popleft()
             for slot, item in items:
                 self._deliver_item(slot, item)
-            for done, error in replies:
-                _settle(done, error)
+            for done, answer in replies:
+                _settle(done, answer)
 
     def _deliver_item(self, slot: int, item: StreamItem) -> None:
         reader = self._readers.get(slot)
@@ -235,7 +250,7 @@ class Engine:
     def _take_messages(self) -> bool:
         """Handle what is in the inbox; wait for something when idle. False: stop."""
         while True:
-            is_idle = not any(lane.runner.has_work for lane in self._lanes.values())
+            is_idle = not any(lane.has_work for lane in self._lanes.values())
             if is_idle:
                 self._flush()
             try:
@@ -257,14 +272,18 @@ class Engine:
                 self._attach(message.name, message.model, message.done)
             case Detach():
                 self._drop_lane(message.name, message.error)
-                self._replies.append((message.done, None))
+                self._reply(message.done, None)
             case LimitPromptCache():
                 self._limit_prompt_cache(message.name, message.num_bytes)
-                self._replies.append((message.done, None))
+                self._reply(message.done, None)
             case Submit():
                 self._submit(message.slot, message.request)
             case Abort():
                 self._abort(message.slot, message.reason)
+            case Embed():
+                self._embed(message)
+            case AbortEmbed():
+                self._abort_embed(message.slot, message.model)
             case Stop():
                 for name in list(self._lanes):
                     self._drop_lane(name, message.error)
@@ -281,13 +300,17 @@ class Engine:
                 emit=self._emit,
                 clock=self._clock,
             )
+            embeddings = EmbeddingRunner(
+                name, model, reply=self._reply, is_alone=lambda: self._num_busy == 1
+            )
         except Exception as error:  # the loader is told; the engine goes on
             log.exception("engine.attach_failed", model=name)
-            self._replies.append((done, error))
+            self._reply(done, error)
             return
-        self._lanes[name] = _Lane(runner)
-        self._turns.add(name)
-        self._replies.append((done, None))
+        lane = self._lanes[name] = Lane(name, runner, embeddings)
+        for place in range(len(lane.parts)):
+            self._turns.add((name, place))
+        self._reply(done, None)
 
     def _submit(self, slot: int, request: SequenceRequest) -> None:
         lane = self._lanes.get(request.model)
@@ -295,85 +318,105 @@ class Engine:
             self._emit(slot, GenerationFailedError(request.model))
             return
         sequence = Sequence(slot, request, self._clock)
-        self._guard(request.model, lane, partial(lane.runner.submit, sequence))
+        self._guard(lane, lane.runner, partial(lane.runner.submit, sequence))
 
     def _limit_prompt_cache(self, name: str, num_bytes: int) -> None:
         lane = self._lanes.get(name)
         if lane is not None:
-            self._guard(name, lane, partial(lane.runner.limit_prompt_cache, num_bytes))
+            self._guard(lane, lane.runner, partial(lane.runner.limit_prompt_cache, num_bytes))
 
     def _abort(self, slot: int, reason: FinishReason) -> None:
-        for name, lane in self._lanes.items():
+        for lane in self._lanes.values():
             if slot in lane.runner:
-                self._guard(name, lane, partial(lane.runner.abort, slot, reason))
+                self._guard(lane, lane.runner, partial(lane.runner.abort, slot, reason))
                 return
 
-    def _step(self) -> None:
-        """One step of the model whose turn it is."""
-        name = self._turns.next(
-            [name for name, lane in self._lanes.items() if lane.runner.has_work]
-        )
-        if name is None:
+    def _embed(self, message: Embed) -> None:
+        job = message.job
+        lane = self._lanes.get(job.model)
+        if lane is None:
+            self._reply(message.done, GenerationFailedError(job.model, "embedding"))
             return
-        lane = self._lanes[name]
+        submit = partial(lane.embeddings.submit, message.slot, job, message.done)
+        self._guard(lane, lane.embeddings, submit)
+
+    def _abort_embed(self, slot: int, model: str) -> None:
+        lane = self._lanes.get(model)
+        if lane is not None:
+            self._guard(lane, lane.embeddings, partial(lane.embeddings.abort, slot))
+
+    def _step(self) -> None:
+        """One step of the part whose turn it is: a model's generations, or its embeddings."""
+        busy = {
+            (name, place): part
+            for name, lane in self._lanes.items()
+            for place, part in enumerate(lane.parts)
+            if part.has_work
+        }
+        turn = self._turns.next(busy)
+        if turn is None:
+            return
+        self._num_busy = len(busy)
+        lane, part = self._lanes[turn[0]], busy[turn]
         started_at = self._busy_since = self._clock()
-        if self._guard(name, lane, lane.runner.admit):
+        if self._guard(lane, part, part.admit):
             # Who waits for a long step knows by then that it has begun.
             self._flush()
             with self._processors:
-                is_done = self._guard(name, lane, lane.runner.step)
+                is_done = self._guard(lane, part, part.step)
                 if is_done and self._processors.is_wanted:
-                    is_done = self._guard(name, lane, lane.runner.settle)
+                    is_done = self._guard(lane, part, part.settle)
             if is_done:
                 lane.consecutive_failures = 0
         duration_s = self._clock() - started_at
-        self._turns.spend(name, duration_s)
-        totals = self._step_totals.get(name, StepTotals())
-        self._step_totals[name] = StepTotals(totals.count + 1, totals.seconds + duration_s)
+        self._turns.spend(turn, duration_s)
+        totals = self._step_totals.get(lane.name, StepTotals())
+        self._step_totals[lane.name] = StepTotals(totals.count + 1, totals.seconds + duration_s)
         self._busy_since = None
 
-    def _guard(self, name: str, lane: _Lane, action: Callable[[], None]) -> bool:
-        """A failure inside a model's batch ends that model's streams, and nothing else."""
+    def _guard(self, lane: Lane, part: Part, action: Callable[[], None]) -> bool:
+        """A failure inside a model's part ends those who wait for that, and nothing else."""
         try:
             action()
-            self._stats[name] = lane.runner.stats()
+            self._stats[lane.name] = lane.stats()
         except Exception:  # the cause is logged; the callers get GenerationFailedError
-            log.exception("engine.step_failed", model=name)
+            log.exception("engine.step_failed", model=lane.name)
         else:
             return True
         # Out of the except block: the failed step's frames hold its arrays.
-        self._recover(name, lane)
+        self._recover(lane, part)
         return False
 
-    def _recover(self, name: str, lane: _Lane) -> None:
-        """Give the model a fresh batch, or give it up."""
+    def _recover(self, lane: Lane, part: Part) -> None:
+        """Let the part start over, or give the model up."""
         lane.consecutive_failures += 1
         if lane.consecutive_failures < MAX_CONSECUTIVE_FAILURES:
             try:
-                lane.runner.rebuild()
+                part.rebuild()
             except Exception:  # this model is lost, the others go on
-                log.exception("engine.rebuild_failed", model=name)
+                log.exception("engine.rebuild_failed", model=lane.name)
             else:
-                self._stats.pop(name, None)
+                self._stats.pop(lane.name, None)
                 return
-        self._drop_lane(name, GenerationFailedError(name))
+        self._drop_lane(lane.name, GenerationFailedError(lane.name))
         self._flush()
-        self._call_loop(self._on_model_failed, name)
+        self._call_loop(self._on_model_failed, lane.name)
 
     def _drop_lane(self, name: str, error: MlxpoolError) -> None:
-        """End the model's streams and let go of its weights: nothing here refers to them then."""
+        """End all that runs on it and let go of its weights: nothing here refers to them then."""
         lane = self._lanes.pop(name, None)
         if lane is None:
             return
-        self._turns.remove(name)
+        for place in range(len(lane.parts)):
+            self._turns.remove((name, place))
         self._stats.pop(name, None)
-        try:
-            lane.runner.close(error)
-        except Exception:  # its streams are told; what it holds goes with it
-            log.exception("engine.close_failed", model=name)
+        lane.close(error)
 
     def _emit(self, slot: int, item: StreamItem) -> None:
         self._outbox.append((slot, item))
+
+    def _reply(self, done: asyncio.Future[Any], answer: object) -> None:
+        self._replies.append((done, answer))
 
     def _flush(self) -> None:
         if self._outbox or self._replies:
@@ -391,11 +434,11 @@ class Engine:
                 self._loop.call_soon_threadsafe(callback, *args)
 
 
-def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+def _settle(done: asyncio.Future[Any], answer: object) -> None:
     """Answer a waiter that may have given up."""
     if done.done():
         return
-    if error is None:
-        done.set_result(None)
+    if isinstance(answer, Exception):
+        done.set_exception(answer)
     else:
-        done.set_exception(error)
+        done.set_result(answer)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from mlxpool_server.domain import FinishReason
-from mlxpool_server.engine.backend import LoadedModel
+from mlxpool_server.domain import FinishReason, Vector
+from mlxpool_server.engine.backend import EmbeddingJob, LoadedModel
 from mlxpool_server.engine.sequence import SequenceRequest
 from mlxpool_server.errors import MlxpoolError
 
@@ -46,8 +46,21 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Embed:
+    slot: int
+    job: EmbeddingJob
+    done: asyncio.Future[tuple[Vector, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortEmbed:
+    slot: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     error: MlxpoolError
 
 
-Message = Attach | Detach | LimitPromptCache | Submit | Abort | Stop
+Message = Attach | Detach | LimitPromptCache | Submit | Abort | Embed | AbortEmbed | Stop

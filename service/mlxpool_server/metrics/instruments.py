@@ -127,6 +127,15 @@ class Instruments:
             _MODEL,
             registry=self.registry,
         )
+        self._embedded_inputs = Counter(
+            "mlxpool_embedded_inputs",
+            "Inputs of Embed calls that were answered.",
+            _MODEL,
+            registry=self.registry,
+        )
+        self._embedded_tokens = Counter(
+            "mlxpool_embedded_tokens", "Their tokens.", _MODEL, registry=self.registry
+        )
         self._queue = self._histogram(
             "queue_time_seconds", "Waiting for memory and a place in the batch.", _MODEL, WAIT_S
         )
@@ -174,6 +183,10 @@ class Instruments:
 
     def adapted(self, model: str, adapter: str) -> None:
         self._adapted.labels(model, adapter).inc()
+
+    def embedded(self, model: str, num_inputs: int, num_tokens: int) -> None:
+        self._embedded_inputs.labels(model).inc(num_inputs)
+        self._embedded_tokens.labels(model).inc(num_tokens)
 
     def load_finished(self, model: str, seconds: float) -> None:
         self._load.labels(model).observe(seconds)

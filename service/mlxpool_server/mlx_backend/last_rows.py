@@ -1,7 +1,7 @@
 """The language head on the rows that are sampled, and on no others.
 
 A prompt of 500 tokens needs the logits of its last token; a model's own forward pass computes
-all 500 rows of them.
+all 500 rows of them. What the head is given are the hidden states, which embeddings are made of.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class LastRows:
         self._last: mx.array | None = None
         # None: nobody brings adapters.
         self._adapted: AdaptedLayers | None = None
+        # What heads are given, while somebody wants to know.
+        self._given: list[mx.array] | None = None
         for module in model.modules():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 # A model without a head of its own uses its embedding.
@@ -78,6 +80,19 @@ class LastRows:
         finally:
             self._last = None
 
+    def hidden(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array | None:
+        """What the head reads of (rows, tokens): (rows, tokens, size); lazy, and without the head.
+
+        None: its head was not found. Without `caches` every row begins here.
+        """
+        self._given = []
+        try:
+            self.model(tokens, cache=caches)
+            given = [each for each in self._given if each.shape[:-1] == tokens.shape]
+            return given[-1] if given else None
+        finally:
+            self._given = None
+
     def pick(self, hidden: mx.array) -> mx.array:
         """Of (rows, tokens, size) each row's last token: (rows, 1, size)."""
         if self._last is None or hidden.ndim != 3 or hidden.shape[1] == 1:  # noqa: PLR2004
@@ -86,4 +101,6 @@ class LastRows:
         return hidden.reshape(-1, hidden.shape[-1])[self._last][:, None]
 
     def _pick_first(self, head: Call, hidden: mx.array) -> mx.array:
+        if self._given is not None:
+            self._given.append(hidden)
         return head(self.pick(hidden))

@@ -7,18 +7,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.nn as nn
+import structlog
 
 from mlxpool_server.domain import KvQuantization
 from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.blas_threads import ThreadTuner
 from mlxpool_server.mlx_backend.drafting.drafted_pass import can_rewind
 from mlxpool_server.mlx_backend.drafting.paired_model import PairedModel
+from mlxpool_server.mlx_backend.embedding.bodies import DecoderBody
+from mlxpool_server.mlx_backend.embedding.embedder import MlxEmbedder
 from mlxpool_server.mlx_backend.flat_rows import flatten_rows
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.model_caches import batch_problem, new_caches
 from mlxpool_server.mlx_backend.openblas import OpenBlas
 from mlxpool_server.mlx_backend.warm_up import WARM_UP_TOKENS, warm_up
 from mlxpool_server.mlx_backend.weights import all_arrays
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,16 @@ class MlxModel:
             max_drafts=self._max_drafts,
             threads=ThreadTuner.of(self._blas),
         )
+
+    def new_embedder(self) -> MlxEmbedder | None:
+        body = DecoderBody(self._model)
+        try:
+            is_known = body.is_known
+        except Exception:  # a model's code that wants a cache, for one
+            log.debug("model.hidden_states_unknown", exc_info=True)
+            return None
+        threads = ThreadTuner.of(self._blas)
+        return MlxEmbedder(body, self._prefill_tokens, threads) if is_known else None
 
     def warm_up(
         self, processors: AbstractContextManager[None], check_wanted: Callable[[], None]

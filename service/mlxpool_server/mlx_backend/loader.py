@@ -32,6 +32,20 @@ from mlxpool_server.mlx_backend.adapters.files import (
     read_adapter_files,
 )
 from mlxpool_server.mlx_backend.capabilities import capabilities_of
+from mlxpool_server.mlx_backend.embedding.decoder_info import decoder_info
+from mlxpool_server.mlx_backend.embedding.encoder_model import (
+    EncoderModel,
+    encoder_model,
+    encoder_warm_up_bytes,
+)
+from mlxpool_server.mlx_backend.embedding.encoders import (
+    capabilities_for,
+    check_encoder,
+    describe_encoder,
+    encoder_of,
+    kept_headers,
+    model_classes,
+)
 from mlxpool_server.mlx_backend.footprint import read_footprint
 from mlxpool_server.mlx_backend.hub import (
     MODEL_FILES,
@@ -93,6 +107,7 @@ class _Look:
     stamps: dict[str, FileState]
     info: ModelInfo
     choice: Choice
+    config: dict[str, Any]
 
     @property
     def dtype(self) -> mx.Dtype | None:
@@ -157,23 +172,37 @@ class MlxLoader:
             raise LoadFailedError(spec.name, f"its folder has no {missing}")
         quantization = quantization_of(config)
         headers = headers_of(spec.name, folder, config)
+        encoder = encoder_of(config)
+        if encoder is not None:
+            check_encoder(spec.name, encoder, config)
+            headers = kept_headers(headers)
         if any(header.name.endswith(".scales") for header in headers):
             check_quantization(spec.name, quantization)
         choice = self._choose(spec, headers, quantization)
-        footprint = _footprint(spec, config, DTYPE_OF.get(choice.layout))
         info = ModelInfo(
             architecture=str(config["model_type"]),
             quantization=describe_quantization(quantization),
             context_length=first_int(config, *CONTEXT_KEYS) or UNKNOWN_CONTEXT_LENGTH,
             vocab_size=vocab_size_of(config) or vocabulary_of(headers),
             estimated_bytes=estimate_bytes(headers, quantization, choice.layout),
-            footprint=footprint,
-            warm_up_bytes=warm_up_bytes(footprint) if self._warm_up else 0,
             revision=folder.name if isinstance(spec.source, HubSource) else "",
-            capabilities=capabilities_of(folder),
             class_names=class_names_of(config),
         )
-        return _Look(folder, stamps, info, choice)
+        dtype = DTYPE_OF.get(choice.layout)
+        if encoder is not None:
+            info = describe_encoder(info, encoder, folder, config, dtype)
+            needed_bytes = encoder_warm_up_bytes(info.footprint)
+        else:
+            embedding = decoder_info(folder, config, self._prefill_step_tokens)
+            info = replace(
+                info,
+                footprint=_footprint(spec, config, dtype),
+                capabilities=capabilities_of(folder) | capabilities_for(embedding),
+                embedding=embedding,
+            )
+            needed_bytes = warm_up_bytes(info.footprint)
+        info = replace(info, warm_up_bytes=needed_bytes if self._warm_up else 0)
+        return _Look(folder, stamps, info, choice, config)
 
     def tokenizer_stamp(self, spec: ModelSpec) -> object:
         folder = _local_folder(spec, TOKENIZER_FILES)
@@ -207,7 +236,7 @@ class MlxLoader:
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
-    ) -> MlxModel | Adapter:
+    ) -> MlxModel | EncoderModel | Adapter:
         if spec.adapter_folder is not None:
             return self._load_adapter(spec, spec.adapter_folder)
         return self._load_model(spec, report, is_cancelled)
@@ -217,7 +246,7 @@ class MlxLoader:
         spec: ModelSpec,
         report: Callable[[LoadProgress], None],
         is_cancelled: Callable[[], bool],
-    ) -> MlxModel:
+    ) -> MlxModel | EncoderModel:
         looks = [self._look(each) for each in (spec, spec.draft) if each is not None]
         here = [look for look in looks if look is not None]
         if len(here) < len(looks):
@@ -239,14 +268,14 @@ class MlxLoader:
             for look in here:
                 before = sum(array.nbytes for each in modules for array in all_arrays(each))
                 modules.append(self._read(spec, look, partial(report_bytes, before)))
-            model = self._served(spec, [look.info for look in here], modules)
+            model = self._model_of(spec, here, modules)
         if self._warm_up:
             report(LoadProgress(LoadPhase.WARMING_UP, model.resident_bytes, total_bytes))
             with _as_load_failures(spec.name, "its first run failed: "):
                 model.warm_up(self._processors, check_wanted)
         if model.batch_problem:
             log.warning("model.not_batchable", model=spec.name, reason=model.batch_problem)
-        if spec.prompt_lookup_tokens and not model.max_drafts:
+        if spec.prompt_lookup_tokens and isinstance(model, MlxModel) and not model.max_drafts:
             log.warning("model.no_drafts", model=spec.name, reason="its caches cannot forget")
         return model
 
@@ -263,7 +292,7 @@ class MlxLoader:
     def _read(self, spec: ModelSpec, look: _Look, report: Callable[[int], None]) -> nn.Module:
         """Weights in memory. `report` gets how many bytes are, and may raise."""
         log.info("model.layout", model=spec.name, **look.choice.log_fields())
-        module, _ = load_model(look.folder, lazy=True)
+        module = _read_module(look.folder, look.config)
         for done_bytes in evaluated(module, look.dtype, self._processors):
             report(done_bytes)
         if _stamps(look.folder, WEIGHTS) != look.stamps:
@@ -312,6 +341,14 @@ class MlxLoader:
                 check_kv_quantization(module, spec.kv_quantization)
         return model
 
+    def _model_of(
+        self, spec: ModelSpec, looks: list[_Look], modules: list[nn.Module]
+    ) -> MlxModel | EncoderModel:
+        config = looks[0].config
+        if (encoder := encoder_of(config)) is not None:
+            return encoder_model(modules[0], encoder, config, self._blas)
+        return self._served(spec, [look.info for look in looks], modules)
+
     def _choose(
         self, spec: ModelSpec, headers: list[TensorHeader], quantization: dict[str, Any]
     ) -> Choice:
@@ -338,6 +375,15 @@ def _adapter_files(name: str, folder: Path) -> AdapterFiles:
         return read_adapter_files(folder)
     except AdapterFileError as error:
         raise LoadFailedError(name, f"its adapter {error}") from error
+
+
+def _read_module(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The layers, their weights still lazy."""
+    if encoder_of(config) is not None:
+        module, _ = load_model(folder, lazy=True, get_model_classes=model_classes)
+    else:
+        module, _ = load_model(folder, lazy=True)
+    return module
 
 
 @contextmanager

@@ -90,8 +90,10 @@ class MlxTokenizer:
         return dict(self._wrapper.get_vocab())
 
     @property
-    def max_token_chars(self) -> int:
-        return self._max_token_chars
+    def max_token_chars(self) -> int | None:
+        # The others drop white space, and make one unknown token of a word, however long.
+        is_bytes = self._trims_first_space is not None
+        return self._max_token_chars if is_bytes else None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

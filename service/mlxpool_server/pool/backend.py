@@ -38,8 +38,8 @@ class Tokenizer(Protocol):
     def has_chat_template(self) -> bool: ...
 
     @property
-    def max_token_chars(self) -> int:
-        """No token stands for more characters of a text, its added ones apart."""
+    def max_token_chars(self) -> int | None:
+        """No token stands for more characters of a text, its added ones apart. None: one may."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Raises: InvalidFieldError when the tokenizer fails on the text."""

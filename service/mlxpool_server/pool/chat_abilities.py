@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from mlxpool_server.domain import ChatPrompt, GenerationRequest
+from mlxpool_server.domain import ChatPrompt, GenerationRequest, ModelInfo
 from mlxpool_server.errors import CapabilityMissingError, InvalidFieldError
 from mlxpool_server.pool.backend import Tokenizer
+
+
+def check_generates(model: str, info: ModelInfo) -> None:
+    """Raises: CapabilityMissingError."""
+    if not info.can_generate:
+        raise CapabilityMissingError(model, "text generation", "it only embeds: call Embed")
 
 
 def check_chat(model: str, tokenizer: Tokenizer, chat: ChatPrompt) -> None:

@@ -36,7 +36,7 @@ from mlxpool_server.errors import (
 )
 from mlxpool_server.pool.activity import Meter
 from mlxpool_server.pool.backend import Tokenizer
-from mlxpool_server.pool.chat_abilities import check_reasoning_limit
+from mlxpool_server.pool.chat_abilities import check_generates, check_reasoning_limit
 from mlxpool_server.pool.generation_limits import GenerationLimits
 from mlxpool_server.pool.in_flight import InFlight, InFlightTable
 from mlxpool_server.pool.lease import Lease
@@ -166,6 +166,7 @@ class Generations:
             return
         # Known by now, a hub model's too; another one, if its files were replaced.
         info = await self._pool.info(name)
+        check_generates(name, info)
         check_token_ids("prompt", admitted.prompt, info.vocab_size)
         check_token_ids("sampling.logit_bias", admitted.sampling.logit_bias, info.vocab_size)
         sequence = self._sequence(request, generation, admitted, info, load_s)
@@ -256,8 +257,10 @@ class Generations:
         if not math.isinf(request.deadline_s):
             others = self._in_flight.others(generation)
             self._forecast.check(spec.name, request.priority, others, request.deadline_s)
-        tokenizer = await self._prompts.tokenizer(spec)
         info = await self._pool.find_info(spec.name)
+        if info is not None:
+            check_generates(spec.name, info)
+        tokenizer = await self._prompts.tokenizer(spec)
         most_tokens = self._limits.most_prompt_tokens(info)
         prompt = await self._prompts.read(spec, request.prompt, most_tokens, tokenizer)
         chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None

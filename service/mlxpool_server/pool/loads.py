@@ -136,7 +136,7 @@ class Loads:
         residency.become_ready(model)
         entry.become_ready()
         entry.activity.load_finished(entry.spec.name, residency.load_duration_s)
-        if not entry.spec.adapter:
+        if info.can_generate and not entry.spec.adapter:
             self._prompt_caches.top_up(entry.spec.name)
         log.info(
             "model.loaded",

@@ -324,7 +324,8 @@ class ModelPool:
         return self._loads.start(entry, allow_eviction=allow_eviction)
 
     def lease_returned(self, entry: Entry) -> None:
-        if entry.is_ready and not entry.spec.adapter:
+        can_generate = entry.info is not None and entry.info.can_generate
+        if entry.is_ready and can_generate and not entry.spec.adapter:
             self._prompt_caches.top_up(entry.spec.name)
         self._unloads.schedule_expiry(entry)
         if entry.is_retired:

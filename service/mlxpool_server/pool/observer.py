@@ -27,6 +27,9 @@ class PoolObserver(Protocol):
     def adapted(self, model: str, adapter: str) -> None:
         """A generation was admitted that wants an adapter."""
 
+    def embedded(self, model: str, num_inputs: int, num_tokens: int) -> None:
+        """An Embed was answered."""
+
     def load_finished(self, model: str, seconds: float) -> None:
         """A load that succeeded, so long after it was asked for."""
 
@@ -45,5 +48,7 @@ class Unobserved:
     def constrained(self, model: str, kind: str) -> None: ...
 
     def adapted(self, model: str, adapter: str) -> None: ...
+
+    def embedded(self, model: str, num_inputs: int, num_tokens: int) -> None: ...
 
     def load_finished(self, model: str, seconds: float) -> None: ...

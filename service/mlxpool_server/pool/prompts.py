@@ -1,8 +1,8 @@
-"""Prompts to token ids, the same way for Generate, Tokenize and CountTokens."""
+"""Prompts to token ids, the same way for Generate, Embed, Tokenize and CountTokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -23,8 +23,10 @@ from mlxpool_server.errors import (
     CapabilityMissingError,
     InvalidFieldError,
     MalformedCallError,
+    MlxpoolError,
     PromptTooLongError,
     QueueTimeoutError,
+    of_input,
 )
 from mlxpool_server.pool.backend import ModelLoader, Tokenizer
 from mlxpool_server.pool.chat_abilities import check_chat
@@ -35,6 +37,8 @@ T = TypeVar("T")
 
 # A long prompt takes seconds; a tokenizer that somebody made slow takes for ever.
 LIMIT_S = 30.0
+# Of several inputs, so many are read before it is another request's turn.
+INPUTS_AT_ONCE = 32
 
 
 class PromptReader:
@@ -98,6 +102,24 @@ class PromptReader:
             tokenizer = await self._tokenizers.get(spec)
         return await self._on_thread(spec, partial(_read, spec.name, tokenizer, prompt, max_tokens))
 
+    async def read_inputs(
+        self,
+        spec: ModelSpec,
+        prompts: Sequence[Prompt],
+        max_tokens: int | None,
+        tokenizer: Tokenizer,
+    ) -> list[tuple[int, ...]]:
+        """The token ids of each.
+
+        Raises: as `read`; what is wrong with one of them names its index.
+        """
+        read: list[tuple[int, ...]] = []
+        for start in range(0, len(prompts), INPUTS_AT_ONCE):
+            part = prompts[start : start + INPUTS_AT_ONCE]
+            call = partial(_read_inputs, spec.name, tokenizer, part, max_tokens, start)
+            read += await self._on_thread(spec, call, f"inputs[{start}]")
+        return read
+
     async def read_calls(
         self, spec: ModelSpec, tokenizer: Tokenizer, text: str, chat: ChatPrompt
     ) -> tuple[ToolCall, ...]:
@@ -144,12 +166,12 @@ class PromptReader:
             problem = f"takes longer than {self._compilers.limit_s:g} s to compile"
             raise BadConstraintError(field, problem) from None
 
-    async def _on_thread(self, spec: ModelSpec, call: Callable[[], T]) -> T:
+    async def _on_thread(self, spec: ModelSpec, call: Callable[[], T], field: str = "prompt") -> T:
         try:
             return await self._threads.run(spec.name, call)
         except TooSlowError:
             problem = f"takes longer than {self._threads.limit_s:g} s to render and tokenise"
-            raise InvalidFieldError("prompt", problem) from None
+            raise InvalidFieldError(field, problem) from None
 
 
 def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
@@ -180,9 +202,29 @@ def _read(
     return rendered
 
 
+def _read_inputs(
+    model: str,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_tokens: int | None,
+    first: int,
+) -> list[tuple[int, ...]]:
+    """`first` is the index of the first of them."""
+    read = []
+    for index, prompt in enumerate(prompts, start=first):
+        try:
+            read.append(_read(model, tokenizer, prompt, max_tokens).token_ids)
+        except MlxpoolError as error:
+            raise of_input(error, index) from error
+    return read
+
+
 def _check_length(tokenizer: Tokenizer, text: str, max_tokens: int | None) -> None:
     """Raises: PromptTooLongError."""
-    fewest = -(-len(text) // max(1, tokenizer.max_token_chars))
-    if max_tokens is not None and fewest > max_tokens:
+    most_chars = tokenizer.max_token_chars
+    if max_tokens is None or most_chars is None:
+        return
+    fewest = -(-len(text) // max(1, most_chars))
+    if fewest > max_tokens:
         what = "the most that the model's context and this server allow"
         raise PromptTooLongError(fewest, max_tokens, what, is_lower_bound=True)

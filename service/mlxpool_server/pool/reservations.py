@@ -14,12 +14,17 @@ from mlxpool_server.pool.ledger import Ledger
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """One generation at its worst: `num_tokens` are the prompt and the longest answer."""
+    """One generation at its worst: `num_tokens` are the prompt and the longest answer.
+
+    Of texts to embed, `num_tokens` are the longest's and `prompt_tokens` those of all.
+    """
 
     model: str
     footprint: Footprint
     num_tokens: int
     prompt_tokens: int
+    # The most tokens of one pass that embeds. None: it generates.
+    pass_tokens: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -113,11 +118,19 @@ class Reservations:
         return is_anyone_running or self._eviction.is_anyone_moving
 
     def _bytes(self, reservations: list[Reservation]) -> int:
-        """What these take together: at most a batch of them runs at once."""
-        if not reservations:
-            return 0
-        num_rows = min(len(reservations), self._max_batch_size)
-        longest = max(each.num_tokens for each in reservations)
-        prompts = sum(each.prompt_tokens for each in reservations)
-        prefill_tokens = min(prompts, self._prefill_tokens)
-        return reservations[-1].footprint.batch_bytes(num_rows, longest, prefill_tokens)
+        """What these take together: at most a batch and a pass of them run at once."""
+        generating = [each for each in reservations if each.pass_tokens is None]
+        embedding = [each for each in reservations if each.pass_tokens is not None]
+        needed = 0
+        if generating:
+            num_rows = min(len(generating), self._max_batch_size)
+            longest = max(each.num_tokens for each in generating)
+            prompts = sum(each.prompt_tokens for each in generating)
+            prefill_tokens = min(prompts, self._prefill_tokens)
+            needed += generating[-1].footprint.batch_bytes(num_rows, longest, prefill_tokens)
+        if embedding:
+            longest = max(each.num_tokens for each in embedding)
+            most = max(each.pass_tokens or 0 for each in embedding)
+            pass_tokens = min(sum(each.prompt_tokens for each in embedding), most)
+            needed += embedding[-1].footprint.embedding_bytes(longest, pass_tokens)
+        return needed

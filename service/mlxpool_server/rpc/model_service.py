@@ -12,13 +12,14 @@ from grpc import aio
 from mlxpool.v1 import model_service_pb2 as pb
 from mlxpool.v1 import model_service_pb2_grpc as pb_grpc
 from mlxpool_server.domain import DeviceInfo
-from mlxpool_server.errors import NotImplementedFieldError
+from mlxpool_server.pool.embedding import Embeddings
 from mlxpool_server.pool.generation import Generations
 from mlxpool_server.pool.model_pool import ModelPool
 from mlxpool_server.pool.prompts import PromptReader
 from mlxpool_server.rpc import call_log
 from mlxpool_server.rpc.access import caller
 from mlxpool_server.rpc.convert import requests, responses
+from mlxpool_server.rpc.convert.embeddings import embed_request, embed_response
 from mlxpool_server.rpc.paging import page_of
 from mlxpool_server.version import __version__
 
@@ -31,6 +32,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         *,
         pool: ModelPool,
         generations: Generations,
+        embeddings: Embeddings,
         prompts: PromptReader,
         limits: requests.RequestLimits,
         device: DeviceInfo,
@@ -38,6 +40,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
     ) -> None:
         self._pool = pool
         self._generations = generations
+        self._embeddings = embeddings
         self._prompts = prompts
         self._limits = limits
         self._device = device
@@ -115,7 +118,10 @@ class ModelService(pb_grpc.ModelServiceServicer):
         return pb.CountTokensResponse(token_count=len(rendered.token_ids))
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        raise NotImplementedFieldError("Embed")
+        call_log.add(model=request.model, inputs=len(request.inputs))
+        result = await self._embeddings.embed(embed_request(request))
+        call_log.add(prompt_tokens=result.prompt_tokens)
+        return embed_response(result)
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context

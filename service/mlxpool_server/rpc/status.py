@@ -64,12 +64,12 @@ def status_of(error: errors.MlxpoolError) -> RpcStatus:  # noqa: C901, PLR0911, 
                 [_bad_request(path, problem)],
                 {"place": shorten(place)} if place else {},
             )
-        case errors.PromptTooLongError():
+        case errors.PromptTooLongError(field=path):
             return RpcStatus(
                 code.INVALID_ARGUMENT,
                 "PROMPT_TOO_LONG",
                 message,
-                [_bad_request("prompt", message)],
+                [_bad_request(path, message)],
                 {
                     "promptTokens": str(error.prompt_tokens),
                     "limitTokens": str(error.limit_tokens),

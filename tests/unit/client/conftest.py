@@ -189,6 +189,13 @@ class FakeModels(model_rpc.ModelServiceServicer):
         self.enter(request, context)
         return pb.CountTokensResponse(token_count=2)
 
+    def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
+        self.enter(request, context)
+        return pb.EmbedResponse(
+            embeddings=[pb.Embedding(values=[0.5, -2.0]) for _ in request.inputs],
+            usage=pb.TokenUsage(prompt_tokens=5),
+        )
+
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:

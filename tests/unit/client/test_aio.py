@@ -150,6 +150,7 @@ async def test_unary_calls(aio_client: AsyncClient, server: FakeServer) -> None:
     assert (await aio_client.get_model("demo")).context_length == 2048
     assert (await aio_client.unload_model("demo", force=True)).freed_bytes == 1 << 30
     assert (await aio_client.tokenize("demo", "Hi")).token_ids == (7, 8)
+    assert (await aio_client.embed("demo", ["Hi"])).vectors == ((0.5, -2.0),)
     assert await aio_client.count_tokens("demo", "Hi") == 2
     assert (await aio_client.server_info()).device_name == "cpu"
     await aio_client.cancel_generation("g1")

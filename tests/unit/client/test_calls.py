@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -19,6 +19,7 @@ from mlxpool_client import (
     LoadProgress,
     MemoryLimits,
     ModelState,
+    Pooling,
     UnavailableError,
 )
 
@@ -100,6 +101,39 @@ def test_tokenizing(client: Client, server: FakeServer) -> None:
     assert tokens.rendered_prompt == "<user>Hi"
     assert client.count_tokens("demo", messages=[{"role": "user", "content": "Hi"}]) == 2
     assert server.models.requests[1].prompt.chat.messages[0].role == pb.ROLE_USER
+
+
+def test_embedding(client: Client, server: FakeServer) -> None:
+    """embed() takes texts, chats and tokens; what is not given is not sent."""
+    chat = [{"role": "user", "content": "Hi"}]
+    embedded = client.embed("demo", ["Hi", chat, [1, 2]])
+    assert embedded.vectors == ((0.5, -2.0),) * 3
+    assert embedded.prompt_tokens == 5
+    (request,) = server.models.requests
+    kinds = [each.WhichOneof("input") for each in request.inputs]
+    assert kinds == ["text", "chat", "tokens"]
+    assert not request.HasField("normalize")
+    assert request.pooling == pb.POOLING_UNSPECIFIED
+
+
+def test_embedding_options(client: Client, server: FakeServer) -> None:
+    """normalize=False is sent, unlike None."""
+    client.embed("demo", ["Hi"], pooling=Pooling.CLS, normalize=False, keep_alive_s=3)
+    (request,) = server.models.requests
+    assert request.pooling == pb.POOLING_CLS
+    assert request.HasField("normalize")
+    assert not request.normalize
+    assert request.keep_alive.seconds == 3
+
+
+@pytest.mark.parametrize("inputs", ["one text", [[1, "two"]], [[1, {"role": "user"}]]])
+def test_inputs_that_are_none(client: Client, server: FakeServer, inputs: Any) -> None:
+    """What cannot be meant is refused before anything is sent."""
+    with pytest.raises(TypeError):
+        client.embed("demo", inputs)
+    with pytest.raises(TypeError, match="no option dimensions"):
+        client.embed("demo", ["a"], dimensions=3)  # type: ignore[call-arg]
+    assert server.models.requests == []
 
 
 def test_server_info(client: Client) -> None:

@@ -203,6 +203,26 @@ def test_tokenize_as_json(shell: Shell, server: FakeServer) -> None:
     assert request.prompt.text == "from stdin"
 
 
+def test_embed(shell: Shell, server: FakeServer) -> None:
+    """A vector a line on stdout, the counts on stderr."""
+    outcome = shell("embed", "Hi", "you", "--pooling", "last-token", "--no-normalize")
+    assert outcome.out.splitlines() == ["[0.5, -2.0]"] * 2
+    assert outcome.err == "mlxpool: 2 texts, 5 tokens, 2 numbers each\n"
+    request = server.models.requests[-1]
+    assert request.pooling == pb.POOLING_LAST_TOKEN
+    assert request.HasField("normalize")
+
+
+def test_embed_as_json(shell: Shell, server: FakeServer) -> None:
+    """--json has vectors and tokens; - reads a text a line from stdin."""
+    shell.type("one\ntwo\n")
+    embedded = json.loads(shell("embed", "-", "-m", "demo", "--json").out)
+    assert embedded == {"vectors": [[0.5, -2.0], [0.5, -2.0]], "prompt_tokens": 5}
+    (request,) = server.models.requests
+    assert [each.text for each in request.inputs] == ["one", "two"]
+    assert not request.HasField("normalize")
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_info(shell: Shell, flags: list[str]) -> None:
     """Versions and device, as lines or as an object."""

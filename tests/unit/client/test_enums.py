@@ -14,6 +14,7 @@ PAIRS = [
     (enums.Capability, model_service_pb2.ModelCapability),
     (enums.LoadPhase, model_service_pb2.LoadPhase),
     (enums.Role, model_service_pb2.Role),
+    (enums.Pooling, model_service_pb2.Pooling),
     (enums.Priority, model_service_pb2.Priority),
     (enums.GenerationPhase, model_service_pb2.GenerationPhase),
     (enums.FinishReason, model_service_pb2.FinishReason),

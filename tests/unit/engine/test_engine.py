@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fakes.model import FakeBatch, FakeModel, endless
+from fakes.model import FakeBatch, FakeEmbedder, FakeModel, endless
 from fakes.running_engine import (
     PATIENCE_S,
     FakeClock,
@@ -267,6 +267,9 @@ class _Weights:
         if self._problem:
             raise RuntimeError(self._problem)
         return FakeBatch(FakeModel())
+
+    def new_embedder(self) -> FakeEmbedder:
+        return FakeEmbedder(FakeModel())
 
 
 async def test_detach_lets_go_of_the_weights(running: RunningEngine) -> None:

@@ -71,6 +71,10 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+# What every model can whose tokenizer is read.
+PLAIN = {Capability.CONSTRAINTS, Capability.EMBEDDINGS}
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "llama")
@@ -146,7 +150,7 @@ def test_inspect(folder: Path) -> None:
     """Architecture, context, vocabulary and capabilities, from the files alone."""
     info = inspect(folder)
     assert (info.architecture, info.context_length, info.vocab_size) == ("llama", 512, 320)
-    assert info.capabilities == {Capability.CHAT, Capability.CONSTRAINTS}
+    assert info.capabilities == PLAIN | {Capability.CHAT}
     assert (info.quantization, info.revision) == ("", "")
 
 
@@ -159,9 +163,9 @@ def test_quantization_is_described(tmp_path: Path) -> None:
 def test_model_without_a_template(folder: Path) -> None:
     """It cannot chat; a template in a file of its own counts."""
     write_byte_level(folder, chat_template=None)
-    assert inspect(folder).capabilities == {Capability.CONSTRAINTS}
+    assert inspect(folder).capabilities == PLAIN
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert inspect(folder).capabilities == {Capability.CHAT, Capability.CONSTRAINTS}
+    assert inspect(folder).capabilities == PLAIN | {Capability.CHAT}
 
 
 def test_unknown_context_length(tmp_path: Path) -> None:

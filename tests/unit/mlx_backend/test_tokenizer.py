@@ -19,6 +19,7 @@ from mlxpool_server.errors import InvalidFieldError
 from mlxpool_server.mlx_backend.foreign_tokenizer import TokenizerError
 from mlxpool_server.mlx_backend.tokenizer import ByteDecoder, MlxTokenizer, SlowDecoder
 from tiny_models import write_byte_level, write_sentence_piece
+from tiny_models.encoders import write_word_pieces
 from tiny_models.tokenizers import EOS
 
 TEXTS = [
@@ -335,3 +336,12 @@ def test_no_token_is_longer(tokenizer: MlxTokenizer) -> None:
     assert tokenizer.max_token_chars == max(map(len, pieces))
     for text in ("hello hello hello", "he he he"):
         assert len(encode(tokenizer, text)) * tokenizer.max_token_chars >= len(text)
+
+
+def test_word_pieces_have_no_longest(tmp_path: Path) -> None:
+    """BERT's kind drops spaces and knows a word of any length as one token: nothing is refused."""
+    write_word_pieces(tmp_path)
+    tokenizer = MlxTokenizer.read(tmp_path, 0, None)
+    text = "a" + " " * 10_000 + "z" * 10_000
+    assert len(encode(tokenizer, text)) < len(text) / 1000
+    assert tokenizer.max_token_chars is None

@@ -271,6 +271,9 @@ class _Weights:
             raise RuntimeError(self._problem)
         return FakeBatch(FakeModel())
 
+    def new_embedder(self) -> None:
+        """It does not embed."""
+
 
 @pytest.mark.parametrize("case", ["in the loader", "in the engine", "unload", "superseded"])
 async def test_weights_are_gone_before_their_bytes(house: House, case: str) -> None:

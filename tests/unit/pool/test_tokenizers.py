@@ -186,6 +186,9 @@ async def test_a_text_that_must_be_too_long_is_not_tokenised(
     assert not files.tokenizer.is_encoding.is_set()
     # It may fit, as far as its length tells.
     assert await prompts.read(SPEC, TextPrompt("a" * 40), max_tokens=10)
+    # A tokenizer that makes one token of any word tells nothing by the length.
+    files.tokenizer.max_token_chars = None
+    assert await prompts.read(SPEC, TextPrompt("a" * 41), max_tokens=10)
 
 
 async def test_slow_files_hold_up_only_their_own_model() -> None:

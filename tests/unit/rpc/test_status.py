@@ -194,6 +194,30 @@ def test_a_keys_limit(error: errors.MlxpoolError, fact: tuple[str, str]) -> None
     assert fact in info.metadata.items()
 
 
+@pytest.mark.parametrize(
+    ("error", "field", "text"),
+    [
+        (errors.InvalidFieldError("prompt.text", "is empty"), "inputs[3].text", "is empty"),
+        (errors.NotImplementedFieldError("prompt.chat.x"), "inputs[3].chat.x", "inputs[3].chat.x"),
+        (errors.PromptTooLongError(9, 8), "inputs[3]", "inputs[3] has 9 tokens"),
+    ],
+)
+def test_an_inputs_error_names_it(error: errors.MlxpoolError, field: str, text: str) -> None:
+    """What is wrong with one of several inputs says which one it is."""
+    status = status_of(errors.of_input(error, 3))
+    assert status.reason == status_of(error).reason
+    (bad_request,) = status.details
+    assert isinstance(bad_request, details_pb.BadRequest)
+    assert bad_request.field_violations[0].field == field
+    assert text in status.message
+
+
+def test_an_inputs_other_errors_stay() -> None:
+    """What is not about one input is as it was."""
+    error = errors.ModelNotFoundError("m")
+    assert errors.of_input(error, 3) is error
+
+
 def test_unknown_error_is_internal() -> None:
     """One that nobody gave a status keeps its text to itself."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxpool_client.channel import DEFAULT_TARGET
-from mlxpool_client.cli import chat, generate, info, memory, models, serve, tokenize, top
+from mlxpool_client.cli import chat, embed, generate, info, memory, models, serve, tokenize, top
 from mlxpool_client.cli.arguments import Parser, connection_options, open_client
 from mlxpool_client.cli.exits import EPILOG, CommandError, ExitCode, describe, exit_code
 from mlxpool_client.cli.terminal import Terminal
@@ -36,6 +36,7 @@ COMMANDS = (
     Command("memory", "show or change the memory's use", memory.add_options, memory.run),
     Command("top", "watch the models at work", top.add_options, top.run),
     Command("tokenize", "show the tokens of a text", tokenize.add_options, tokenize.run),
+    Command("embed", "turn texts into vectors", embed.add_options, embed.run),
     Command("info", "show the server's versions and device", info.add_options, info.run),
 )
 

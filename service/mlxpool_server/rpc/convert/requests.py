@@ -87,7 +87,7 @@ def generation_request(
             "cannot be set with a constraint or a forced call, which say where the output ends",
         )
     return GenerationRequest(
-        model=_model(request.model),
+        model=model_field(request.model),
         prompt=asked,
         sampling=_sampling(request.sampling),
         stop=_stop(request.stop, limits),
@@ -131,7 +131,7 @@ def stop_token_ids(token_ids: Collection[int], path: str) -> frozenset[int]:
 
 
 def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
-    return _model(request.model), LoadOptions(
+    return model_field(request.model), LoadOptions(
         adapter=request.adapter,
         draft_model=request.draft_model,
         pinned=request.pinned if request.HasField("pinned") else None,
@@ -142,7 +142,7 @@ def load_request(request: pb.LoadModelRequest) -> tuple[str, LoadOptions]:
 
 
 def model_name(request: NamesModel) -> str:
-    return _model(request.model)
+    return model_field(request.model)
 
 
 def states(request: pb.ListModelsRequest) -> frozenset[ModelState]:
@@ -197,7 +197,7 @@ def watch_interval_s(request: memory_pb.WatchMemoryUsageRequest) -> float:
     return min(high, max(low, seconds(request.interval, "interval")))
 
 
-def _model(name: str) -> str:
+def model_field(name: str) -> str:
     if not name:
         raise InvalidFieldError("model", "is empty")
     return name

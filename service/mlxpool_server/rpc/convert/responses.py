@@ -22,6 +22,7 @@ CAPABILITY_TO_WIRE = {
     domain.Capability.CONSTRAINTS: pb.MODEL_CAPABILITY_CONSTRAINTS,
     domain.Capability.TOOLS: pb.MODEL_CAPABILITY_TOOLS,
     domain.Capability.REASONING: pb.MODEL_CAPABILITY_REASONING,
+    domain.Capability.EMBEDDINGS: pb.MODEL_CAPABILITY_EMBEDDINGS,
 }
 LOAD_PHASE_TO_WIRE = {
     domain.LoadPhase.QUEUED: pb.LOAD_PHASE_QUEUED,
@@ -68,7 +69,9 @@ def model(status: domain.ModelStatus) -> pb.Model:
         message.context_length = status.info.context_length
         message.vocab_size = status.info.vocab_size
         message.estimated_bytes = status.info.estimated_bytes
-        message.capabilities.extend(CAPABILITY_TO_WIRE[each] for each in status.info.capabilities)
+        message.capabilities.extend(
+            sorted(CAPABILITY_TO_WIRE[each] for each in status.info.capabilities)
+        )
     for name in ("load_time", "last_used_time", "expire_time"):
         time = getattr(status, name)
         if time is not None:
