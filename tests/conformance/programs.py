@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -45,7 +46,7 @@ class Client:
 
     def build_in(self, folder: Path) -> None:
         """Raises: MissingToolchainError."""
-        missing = [tool for tool in self.tools if shutil.which(tool) is None]
+        missing = [tool for tool in self.tools if not _works(tool)]
         if missing:
             raise MissingToolchainError(f"no {' and no '.join(missing)} on this machine")
         for step in self.build:
@@ -55,6 +56,15 @@ class Client:
         """Run one of the commands; what it writes is seen where pytest shows output."""
         command = [word.format(out=folder) for word in step]
         subprocess.run(command, cwd=self.folder, check=True, timeout=BUILD_TIMEOUT_S)
+
+
+@cache
+def _works(tool: str) -> bool:
+    """Whether it is there: one of rustup's may be, without a toolchain behind it."""
+    if shutil.which(tool) is None:
+        return False
+    asked = "version" if tool == "go" else "--version"
+    return subprocess.run([tool, asked], capture_output=True, check=False).returncode == 0
 
 
 _CARGO = (str(ROOT / "scripts" / "cargo"),)

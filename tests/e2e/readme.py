@@ -10,33 +10,43 @@ from pathlib import Path
 from e2e.server_process import ROOT
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+README = ROOT / "README.md"
 
 _FENCE = re.compile(r"^```(?P<tag>[a-z]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(tag: str, page: Path = ROOT / "README.md") -> list[str]:
+def blocks(tag: str, page: Path = README) -> list[str]:
     text = page.read_text(encoding="utf-8")
     return [match["body"] for match in _FENCE.finditer(text) if match["tag"] == tag]
 
 
-def commands() -> Iterator[list[str]]:
+def command_lines(page: Path = README) -> Iterator[str]:
     """Each `$ ` line of a console block, with the lines that its quotes or backslashes include."""
-    for block in blocks("console"):
+    for block in blocks("console", page):
         pending = ""
         for line in block.splitlines(keepends=True):
             if not pending and not line.startswith("$ "):
                 continue
             pending += line if pending else line.removeprefix("$ ")
-            if pending.endswith("\\\n"):
+            if pending.endswith("\\\n") or _is_open(pending):
                 continue
-            try:
-                words = shlex.split(pending, comments=True)
-            except ValueError:
-                # A quote is still open.
-                continue
+            yield pending
             pending = ""
-            yield words
         assert not pending, f"an unfinished command: {pending}"
+
+
+def _is_open(command: str) -> bool:
+    """Whether a quote is."""
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:
+        return True
+    return False
+
+
+def commands() -> Iterator[list[str]]:
+    """The README's, as words."""
+    return (shlex.split(line, comments=True) for line in command_lines())
 
 
 def grpcurl_examples() -> list[list[str]]:

@@ -24,17 +24,17 @@ def written(setting: str) -> str:
 
 
 def repeated(text: str, demo_folder: Path, folder: Path) -> Finished:
-    """What a server with these settings, the demo model everywhere, answers to one question."""
+    """What a server with these settings, the demo model everywhere, says to a repetitive prompt."""
     text = re.sub(r'^path = ".*?"', f'path = "{demo_folder}"', text, flags=re.MULTILINE)
     name = tomllib.loads(text)["models"][0]["name"]
     config = folder / "mlxpool.toml"
     config.write_text(text, encoding="utf-8")
-    question = f"Repeat word for word, three times:\n{SENTENCE}"
+    prompt = f"{SENTENCE} " * 4
     options: GenerateOptions = {"temperature": 0, "max_tokens": 60, "final_only": True}
     with (
         ServerProcess(folder / "log.jsonl", "--config", str(config)) as process,
         Client(process.address) as client,
-        client.generate(name, question, **options) as events,
+        client.generate(name, prompt, **options) as events,
     ):
         *_, last = events
     assert isinstance(last, Finished)
