@@ -18,6 +18,7 @@ from mlxpool_server.mlx_backend.drafting.paired_model import PairedModel
 from mlxpool_server.mlx_backend.last_rows import LastRows
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.loader import MlxLoader
+from references.batch_life import Life
 from tiny_models import VOCAB_SIZE, write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
@@ -61,48 +62,12 @@ def paired(folder: Path, draft: Path, max_drafts: int = 5) -> MlxBatch:
     return batch_of(PairedModel(*models, **sizes), max_drafts)
 
 
-class Life:
-    """What a batch says."""
-
-    def __init__(self, batch: MlxBatch) -> None:
-        self.batch = batch
-        self.got: dict[int, list[int]] = {}
-        self.cached: dict[int, int] = {}
-        self.num_drafted = 0
-        self.num_steps = 0
-
-    def add(self, slot: int, prompt: list[int], sampling: SamplingParams, **more: Any) -> None:
-        self.got[slot] = []
-        self.batch.add(slot, prompt, sampling, **({"max_tokens": NUM_TOKENS} | more))
-
-    def step(self) -> None:
-        output = self.batch.step()
-        self.num_steps += 1
-        assert self.num_steps < 1000
-        for slot, token in output.tokens:
-            self.got[slot].append(token)
-        self.cached.update(output.cached)
-        self.num_drafted += sum(count for _, count in output.drafted)
-
-    def finish(self) -> dict[int, list[int]]:
-        left = set(self.got)
-        while left:
-            self.step()
-            done = {slot for slot in left if len(self.got[slot]) >= NUM_TOKENS}
-            self.batch.remove(list(done))
-            left -= done
-        return {slot: tokens[:NUM_TOKENS] for slot, tokens in self.got.items()}
+def new_life(batch: MlxBatch) -> Life:
+    return Life(batch, NUM_TOKENS)
 
 
 def life_of(batch: MlxBatch, *samplings: SamplingParams) -> Life:
-    """One row joins after the other, while those before it speak."""
-    life = Life(batch)
-    for slot, prompt in enumerate(PROMPTS):
-        life.add(slot, prompt, samplings[slot % len(samplings)])
-        life.step()
-        life.step()
-    life.finish()
-    return life
+    return Life.of(batch, NUM_TOKENS, PROMPTS, *samplings)
 
 
 @pytest.mark.parametrize(
@@ -113,16 +78,13 @@ def test_a_poor_guesser_changes_no_answer(
 ) -> None:
     """Token for token what the model says without it."""
     expected, got = (life_of(batch, *samplings) for batch in (plain(folder), paired(folder, other)))
-    assert {slot: tokens[:NUM_TOKENS] for slot, tokens in got.got.items()} == {
-        slot: tokens[:NUM_TOKENS] for slot, tokens in expected.got.items()
-    }
+    assert got.said == expected.said
 
 
 def test_a_guesser_that_is_always_right(folder: Path) -> None:
     """The model itself: each pass gives all that was guessed and one token more."""
     expected, got = life_of(plain(folder), GREEDY), life_of(paired(folder, folder), GREEDY)
-    for slot, tokens in got.got.items():
-        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert got.said == expected.said
     # Joins and first tokens come without guesses, and widths begin small.
     assert got.num_drafted > 0.6 * NUM_TOKENS * len(PROMPTS)
     assert got.num_steps < expected.num_steps / 2
@@ -132,15 +94,15 @@ def test_a_cached_prefix_serves_both(folder: Path) -> None:
     """A second turn begins where the first ended, with guesses as right as before."""
     batch = paired(folder, folder)
     batch.limit_prompt_cache(1 << 24)
-    first = Life(batch)
+    first = new_life(batch)
     prompt = list(range(50))
     first.add(0, prompt, GREEDY)
     answer = first.finish()[0]
-    second = Life(batch)
+    second = new_life(batch)
     second.add(1, [*prompt, *answer[:20], 7, 8], GREEDY)
     got = second.finish()[1]
     assert second.cached[1] == 70
-    alone = Life(plain(folder))
+    alone = new_life(plain(folder))
     alone.add(1, [*prompt, *answer[:20], 7, 8], GREEDY)
     assert got == alone.finish()[1]
     assert second.num_drafted > 0.6 * NUM_TOKENS
@@ -150,7 +112,7 @@ def test_rows_that_may_be_forced(folder: Path) -> None:
     """They take one token a pass, beside rows that take several; and what is forced on them."""
 
     def forced(batch: MlxBatch) -> dict[int, list[int]]:
-        life = Life(batch)
+        life = new_life(batch)
         life.add(0, [4, 5, 6], GREEDY)
         life.add(1, [1, 2, 3], GREEDY, may_be_forced=True)
         while len(life.got[1]) < 5:
@@ -165,7 +127,7 @@ def test_rows_that_may_be_forced(folder: Path) -> None:
 
 def test_passes_without_guesses_feed_both(folder: Path) -> None:
     """Beside a row that asks for scores nobody guesses; afterwards guesses are as right."""
-    life = Life(paired(folder, folder))
+    life = new_life(paired(folder, folder))
     life.add(0, [4, 5, 6], GREEDY)
     life.add(1, [1, 2, 3], GREEDY, top_logprobs=0)
     while len(life.got[1]) < 10:
@@ -200,18 +162,17 @@ def test_both_are_loaded_and_counted(folder: Path, other: Path) -> None:
     batch = model.new_runner()
     life = life_of(batch, GREEDY)
     expected = life_of(plain(folder), GREEDY)
-    for slot, tokens in life.got.items():
-        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert life.said == expected.said
 
 
 @pytest.mark.parametrize("rows", [VOCAB_SIZE - 30, VOCAB_SIZE + 30])
 def test_vocabularies_padded_to_other_sizes(rows: int, folder: Path, tmp_path: Path) -> None:
     """Tokens that only one of the two has are neither guessed nor looked up."""
     draft = write_model(tmp_path / "draft", seed=3, vocab_size=rows, num_hidden_layers=1)
-    life = Life(load(folder, draft).new_runner())
+    life = new_life(load(folder, draft).new_runner())
     life.add(0, [VOCAB_SIZE - 1, VOCAB_SIZE - 2, 5], GREEDY)
     got = life.finish()
-    alone = Life(plain(folder))
+    alone = new_life(plain(folder))
     alone.add(0, [VOCAB_SIZE - 1, VOCAB_SIZE - 2, 5], GREEDY)
     assert got == alone.finish()
 
@@ -250,7 +211,7 @@ def test_no_place_behind_the_last_one_is_worked_on(
         return original(self, tokens, caches, adapters)
 
     monkeypatch.setattr(PairedModel, "all_logits", watched)
-    life = Life(paired(folder, other))
+    life = new_life(paired(folder, other))
     life.add(0, [4, 5, 6], GREEDY, max_tokens=9)
     while len(life.got[0]) < 9:
         life.step()

@@ -9,11 +9,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from mlxpool_server.domain import KvQuantization, Layout, ModelSpec, SamplingParams
-from mlxpool_server.mlx_backend.batch import MlxBatch
 from mlxpool_server.mlx_backend.drafting.pace import DraftPace
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
 from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.memory import device_kind
+from references.batch_life import Life
 from tiny_models import write_model
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
@@ -52,47 +52,12 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftPace, "is_worth", lambda *_: True)
 
 
-class Life:
-    """A batch, and what it says."""
-
-    def __init__(self, model: MlxModel) -> None:
-        self.batch: MlxBatch = model.new_runner()
-        self.got: dict[int, list[int]] = {}
-        self.num_drafted = 0
-        self.num_steps = 0
-
-    def add(self, slot: int, prompt: list[int], sampling: SamplingParams, **more: Any) -> None:
-        self.got[slot] = []
-        self.batch.add(slot, prompt, sampling, **({"max_tokens": NUM_TOKENS} | more))
-
-    def step(self) -> None:
-        output = self.batch.step()
-        self.num_steps += 1
-        assert self.num_steps < 1000
-        for slot, token in output.tokens:
-            self.got[slot].append(token)
-        self.num_drafted += sum(count for _, count in output.drafted)
-
-    def finish(self, *slots: int) -> None:
-        """Step until these have all they want; each leaves when it has."""
-        left = set(slots or self.got)
-        while left:
-            self.step()
-            done = {slot for slot in left if len(self.got[slot]) >= NUM_TOKENS}
-            self.batch.remove(list(done))
-            left -= done
+def new_life(model: MlxModel) -> Life:
+    return Life(model.new_runner(), NUM_TOKENS)
 
 
 def answers(model: MlxModel, *samplings: SamplingParams) -> Life:
-    """One row joins after the other, while those before it speak."""
-    life = Life(model)
-    for slot, prompt in enumerate(PROMPTS):
-        life.add(slot, prompt, samplings[slot % len(samplings)])
-        life.step()
-        life.step()
-    life.finish()
-    life.batch.close()
-    return life
+    return Life.of(model.new_runner(), NUM_TOKENS, PROMPTS, *samplings)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +68,7 @@ def test_nobodys_answer_changes(
 ) -> None:
     """Token for token what the same batch says without guesses, in fewer steps."""
     expected, got = answers(plain, *samplings), answers(model, *samplings)
-    for slot, tokens in got.got.items():
-        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert got.said == expected.said
     assert expected.num_drafted == 0
     if device_kind() == "cpu" or samplings == (GREEDY,):
         # A GPU samples without numpy, and guesses for greedy rows alone.
@@ -118,14 +82,13 @@ def test_a_rounded_cache_forgets_as_well(folder: Path, tmp_path: Path) -> None:
     rounded = KvQuantization(8, 32)
     expected = answers(load(wide, 0, kv_quantization=rounded), GREEDY)
     got = answers(load(wide, kv_quantization=rounded), GREEDY)
-    for slot, tokens in got.got.items():
-        assert tokens[:NUM_TOKENS] == expected.got[slot][:NUM_TOKENS]
+    assert got.said == expected.said
     assert got.num_drafted > 0
 
 
 def test_no_more_is_guessed_than_is_wanted(model: MlxModel) -> None:
     """The last tokens come without guesses behind them: no place is worked on that is not there."""
-    life = Life(model)
+    life = new_life(model)
     life.add(0, [5] * 20, GREEDY, max_tokens=10)
     while len(life.got[0]) < 10:
         life.step()
@@ -134,7 +97,7 @@ def test_no_more_is_guessed_than_is_wanted(model: MlxModel) -> None:
 
 def test_rows_that_may_be_forced_or_ask_for_scores(model: MlxModel) -> None:
     """Nothing is guessed for the first, and beside the second."""
-    life = Life(model)
+    life = new_life(model)
     life.add(0, [5] * 20, GREEDY, may_be_forced=True)
     life.finish()
     life.add(2, [6] * 20, GREEDY, top_logprobs=1)
@@ -150,14 +113,13 @@ def test_tokens_forced_beside_guesses(plain: MlxModel, model: MlxModel) -> None:
     """A row whose next tokens are given gets them at once; its neighbour's guesses do no harm."""
 
     def forced(model: MlxModel) -> dict[int, list[int]]:
-        life = Life(model)
+        life = new_life(model)
         life.add(0, [4, 5, 6] * 5, GREEDY)
         life.add(1, [1, 2, 3], GREEDY, may_be_forced=True)
         while len(life.got[1]) < 5:
             life.step()
         life.batch.force(1, [200, 201])
-        life.finish()
-        return {slot: tokens[:NUM_TOKENS] for slot, tokens in life.got.items()}
+        return life.finish()
 
     got = forced(model)
     assert got[1][5:7] == [200, 201]
@@ -167,10 +129,10 @@ def test_tokens_forced_beside_guesses(plain: MlxModel, model: MlxModel) -> None:
 def test_what_leaves_with_guesses_is_found_again(plain: MlxModel, model: MlxModel) -> None:
     """The prompt cache holds what was said, and nothing that was only guessed."""
     prompt = [4, 5, 6] * 30
-    expected = Life(plain)
+    expected = new_life(plain)
     expected.add(0, prompt, GREEDY)
     expected.finish()
-    life = Life(model)
+    life = new_life(model)
     life.batch.limit_prompt_cache(1 << 24)
     life.add(0, prompt, GREEDY)
     while len(life.got[0]) < NUM_TOKENS // 2:
