@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from fakes import FakeFiles
 from mlxpool.v1 import model_service_pb2 as pb
-from rpc.harness import Reader, Server, failure_of, running_server, text_request
+from mlxpool_server.domain import Layout, ModelSpec
+from mlxpool_server.pool.catalog import Catalog
+from mlxpool_server.settings import Settings
+from rpc.harness import Reader, Server, failure_of, release, running_server, text_request
 
 
 def files() -> dict[str, FakeFiles]:
@@ -66,3 +71,31 @@ async def test_both_have_to_fit() -> None:
             failure = await failure_of(server.models.LoadModel(request))
             assert failure.reason == "POOL_MEMORY_LIMIT"
         await load(server, draft_model="t")
+
+
+async def test_an_adapter_has_none() -> None:
+    """INVALID_FIELD: nobody would use it, and it is not left out in silence."""
+    spec = ModelSpec("m", Path("unread"), adapters=(("one", Path("adapters/one")),))
+    small = ModelSpec("s", Path("small"))
+    async with running_server(files() | {"m+one": FakeFiles()}, specs=(spec, small)) as server:
+        for fields in ({}, {"validate_only": True}):
+            request = pb.LoadModelRequest(model="m", adapter="one", draft_model="s", **fields)
+            failure = await failure_of(server.models.LoadModel(request))
+            assert (failure.reason, failure.field) == ("INVALID_FIELD", "draft_model")
+
+
+async def test_a_trial_without_a_draft_model_while_an_old_form_leaves() -> None:
+    """What a reload replaced still serves a stream: that is no reason to refuse a trial."""
+    spec = ModelSpec("m", Path("unread"))
+    stepped = {"m": FakeFiles.of_size(100, is_stepped=True)}
+    async with running_server(stepped, specs=(spec,)) as server:
+        reader = server.reader(text_request("abc"))
+        release(server.model, 2)
+        while not (await reader.next()).HasField("delta"):
+            pass
+        settings = Settings.model_validate(server.app._settings.model_dump())
+        other = replace(spec, layout=Layout.FLOAT16)
+        await server.app.reload(settings, Catalog.build([other]))
+        assert list((await load(server, validate_only=True)).finished.evicted_models) == []
+        server.model.run_freely()
+        await reader.rest()

@@ -220,16 +220,18 @@ class ModelPool:
         entry = self._entries.resolve(name, options.adapter)
         draft = self._entries.resolve(options.draft_model).spec if options.draft_model else None
         if options.validate_only:
+            wanted = _wanted(entry, draft)
             victims = await self._foresee(
-                entry, draft, allow_eviction=not options.disallow_eviction
+                entry, wanted, allow_eviction=not options.disallow_eviction
             )
             yield LoadFinished(await self._status(entry), entry.is_ready, victims, duration_s=0.0)
             return
         while (residency := entry.residency) and residency.state is ModelState.UNLOADING:
             if not await residency.changed.wait(self._heartbeat_s):
                 yield LoadProgress(LoadPhase.QUEUED)
-        if draft is not None:
-            self._set_draft(entry, draft)
+        if not entry.load_spec.is_held_as(_wanted(entry, draft)):
+            # For this load and those to come.
+            entry.draft, entry.info = draft, None
         is_loaded = entry.is_ready
         residency = entry.residency or self.start_load(
             entry, allow_eviction=not options.disallow_eviction
@@ -371,26 +373,10 @@ class ModelPool:
         entry.next_keep_alive_s = None
         self._unloads.schedule_expiry(entry)
 
-    def _set_draft(self, entry: Entry, draft: ModelSpec) -> None:
-        """For this load and those to come. Raises: ModelInUseError, InvalidFieldError."""
-        wanted = _with_draft(entry, draft)
-        if entry.load_spec.is_held_as(wanted):
-            return
-        if entry.residency is not None:
-            raise ModelInUseError(entry.spec.name, entry.residency.spec.draft_model)
-        entry.draft = draft
-        entry.info = None
-
     async def _foresee(
-        self, entry: Entry, draft: ModelSpec | None, *, allow_eviction: bool
+        self, entry: Entry, wanted: ModelSpec, *, allow_eviction: bool
     ) -> tuple[str, ...]:
-        """Whom a load would evict; nobody is.
-
-        Raises: PoolMemoryLimitError, LoadFailedError, ModelInUseError, InvalidFieldError.
-        """
-        wanted = entry.load_spec if draft is None else _with_draft(entry, draft)
-        if entry.residency is not None and not entry.residency.spec.is_held_as(wanted):
-            raise ModelInUseError(entry.spec.name, entry.residency.spec.draft_model)
+        """Whom a load would evict; nobody is. Raises: PoolMemoryLimitError, LoadFailedError."""
         info = None if entry.residency else await self._loads.inspect_spec(wanted)
         if info is None or entry.residency is not None:
             return ()
@@ -409,8 +395,18 @@ class ModelPool:
         return entry.status(stats, self._ledger.held_by(entry.residency), problem)
 
 
-def _with_draft(entry: Entry, draft: ModelSpec) -> ModelSpec:
-    """Raises: InvalidFieldError."""
+def _wanted(entry: Entry, draft: ModelSpec | None) -> ModelSpec:
+    """What a load would bring into memory, with this draft model, or with what there is.
+
+    Raises: InvalidFieldError; ModelInUseError when the model is in memory without it.
+    """
+    if draft is None:
+        return entry.load_spec
+    if entry.spec.adapter:
+        raise InvalidFieldError("draft_model", "goes with a model, not with its adapter")
     if draft.name == entry.spec.name:
         raise InvalidFieldError("draft_model", "is the model itself; name a smaller one")
-    return entry.spec.with_draft(draft)
+    wanted, residency = entry.spec.with_draft(draft), entry.residency
+    if residency is not None and not residency.spec.is_held_as(wanted):
+        raise ModelInUseError(entry.spec.name, residency.spec.draft_model)
+    return wanted
