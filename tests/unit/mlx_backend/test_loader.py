@@ -27,10 +27,11 @@ from mlxpool_server.domain import (
     SamplingParams,
 )
 from mlxpool_server.errors import LoadFailedError, LoadSupersededError
-from mlxpool_server.mlx_backend import loader as loader_module
+from mlxpool_server.mlx_backend import inspector as inspector_module
 from mlxpool_server.mlx_backend import weights as weights_module
+from mlxpool_server.mlx_backend.inspector import UNKNOWN_CONTEXT_LENGTH
 from mlxpool_server.mlx_backend.loaded_model import MlxModel
-from mlxpool_server.mlx_backend.loader import UNKNOWN_CONTEXT_LENGTH, MlxLoader
+from mlxpool_server.mlx_backend.loader import MlxLoader
 from mlxpool_server.mlx_backend.weights import embedding_rows
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, write_byte_level, write_model
 
@@ -368,10 +369,10 @@ def test_loaded_on_one_thread_runs_on_another(architecture: str, tmp_path: Path)
 def test_hub_model_that_was_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Unknown, not failed; nor is a snapshot with a tokenizer and no weights a model."""
     spec = ModelSpec("tiny", HubSource("nobody/nothing"))
-    monkeypatch.setattr(loader_module, "cached_folder", lambda *_: None)
+    monkeypatch.setattr(inspector_module, "cached_folder", lambda *_: None)
     assert make_loader().inspect(spec) is None
     folder = write_model(tmp_path / "abc123")
-    monkeypatch.setattr(loader_module, "cached_folder", lambda *_: folder)
+    monkeypatch.setattr(inspector_module, "cached_folder", lambda *_: folder)
     info = make_loader().inspect(spec)
     assert info is not None
     assert info.revision == "abc123"
@@ -420,7 +421,7 @@ def test_no_more_tokens_than_embeddings(tmp_path: Path) -> None:
     assert embedding_rows(module) == VOCAB_SIZE
     claimed = MlxLoader(prefill_step_tokens=64, default_layout=Layout.FLOAT32)
     with (
-        mock.patch.object(loader_module, "vocab_size_of", return_value=10**9),
+        mock.patch.object(inspector_module, "vocab_size_of", return_value=10**9),
         pytest.raises(LoadFailedError, match="and has embeddings for 320"),
     ):
         claimed.load(ModelSpec("m", folder), lambda _: None, lambda: False)
