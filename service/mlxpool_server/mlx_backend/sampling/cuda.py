@@ -15,13 +15,11 @@ import numpy as np
 
 from mlxpool_server.mlx_backend.memory import device_kind
 from mlxpool_server.mlx_backend.sampling.cuda_source import FACTS, HEADER, SOURCE
-from mlxpool_server.mlx_backend.sampling.row import SampledRow
+from mlxpool_server.mlx_backend.sampling.row import COIN, SampledRow
 
 NUM_THREADS = 1024
 # The largest number that float32 holds exactly; no context and no vocabulary is longer.
 MAX_COUNT = 1 << 24
-NUMBER, XTC_STRIKES = FACTS.index("number"), FACTS.index("xtc_strikes")
-CONTEXT_SIZE, NEXT_SIZE = FACTS.index("context_size"), FACTS.index("next_size")
 
 
 def is_supported() -> bool:
@@ -29,14 +27,21 @@ def is_supported() -> bool:
 
 
 class CudaRows:
-    """The rows of one batch, in its order; made anew when they change."""
+    """The rows of one batch, in its order; made anew when they change.
+
+    All that a step needs is on the device since the step before: what is sent there costs more
+    than the kernel.
+    """
 
     def __init__(self, rows: Sequence[SampledRow], vocab_size: int) -> None:
-        self._rows = list(rows)
-        self._facts = np.array([_facts(row) for row in rows], dtype=np.float32)
-        self._context_size = max(row.context_size for row in rows)
+        self._rows = [row for row in rows if not row.is_greedy]
+        self._longest_context = min(max(row.context_size for row in rows), MAX_COUNT)
+        facts = [_facts(row, self._longest_context) for row in rows]
+        self._facts = mx.array(np.array(facts, dtype=np.float32))
+        draws = [(row.position, row.seed & 0xFFFFFFFF, row.seed >> 32) for row in rows]
+        self._draws = mx.array(np.array(draws, dtype=np.uint32))
         self._bias = _bias(rows)
-        self._none = mx.full((1, 1), vocab_size, dtype=mx.int32)
+        self._no_context = _none(vocab_size)
 
     def sample(
         self, logits: mx.array, context: mx.array | None
@@ -47,21 +52,18 @@ class CudaRows:
         penalties.
         """
         num_rows = logits.shape[0]
-        held = 0 if context is None else context.shape[1]
-        next_size = 0 if context is None else min(held + 1, self._context_size)
-        facts = self._facts
-        facts[:, NEXT_SIZE] = next_size
-        for fact, row in zip(facts, self._rows, strict=True):
-            if not row.is_greedy:
-                fact[NUMBER], fact[XTC_STRIKES] = row.next_draw()
-        words, values = self._bias
-        tokens, _, _, following = _kernel()(
+        next_size = 0
+        if context is not None:
+            next_size = min(context.shape[1] + 1, self._longest_context)
+        for row in self._rows:
+            row.position += 1
+        tokens, _, _, following, self._draws = _kernel()(
             inputs=[
                 logits,
-                mx.array(facts),
-                words,
-                values,
-                self._none if context is None else context,
+                self._facts,
+                self._draws,
+                *self._bias,
+                self._no_context if context is None else context,
             ],
             template=[("T", logits.dtype)],
             grid=(num_rows * NUM_THREADS, 1, 1),
@@ -71,13 +73,14 @@ class CudaRows:
                 logits.shape,
                 (1, 1) if context is None else logits.shape,
                 (1, 1) if context is None else (num_rows, next_size),
+                self._draws.shape,
             ],
-            output_dtypes=[mx.uint32, mx.float32, mx.int32, mx.int32],
+            output_dtypes=[mx.uint32, mx.float32, mx.int32, mx.int32, mx.uint32],
         )
         return tokens, None if context is None else following
 
 
-def _facts(row: SampledRow) -> list[float]:
+def _facts(row: SampledRow, longest_context: int) -> list[float]:
     params = row.params
     known = {
         "temperature": row.temperature,
@@ -88,17 +91,21 @@ def _facts(row: SampledRow) -> list[float]:
         "is_greedy": row.is_greedy,
         "num_biases": len(params.logit_bias),
         "context_size": min(row.context_size, MAX_COUNT),
+        "longest_context": longest_context,
         "repetition": params.repetition_penalty,
         "presence": params.presence_penalty,
         "frequency": params.frequency_penalty,
         "xtc_threshold": params.xtc_threshold,
+        "xtc_probability": params.xtc_probability,
     }
-    return [float(known.get(name, 0.0)) for name in FACTS]
+    return [known[name] for name in FACTS]
 
 
 def _bias(rows: Sequence[SampledRow]) -> tuple[mx.array, mx.array]:
     """Words and what is added to their logits, (rows, the most words of one row) each."""
-    size = max(1, *(len(row.params.logit_bias) for row in rows))
+    size = max(len(row.params.logit_bias) for row in rows)
+    if not size:
+        return _no_bias()
     words = np.zeros((len(rows), size), dtype=np.int32)
     values = np.zeros((len(rows), size), dtype=np.float32)
     for index, row in enumerate(rows):
@@ -109,14 +116,27 @@ def _bias(rows: Sequence[SampledRow]) -> tuple[mx.array, mx.array]:
 
 
 @cache
+def _no_bias() -> tuple[mx.array, mx.array]:
+    """No row looks at it."""
+    return mx.array([[0]], dtype=mx.int32), mx.array([[0.0]], dtype=mx.float32)
+
+
+@cache
+def _none(vocab_size: int) -> mx.array:
+    """A context of the id that stands for no token."""
+    return mx.array([[vocab_size]], dtype=mx.int32)
+
+
+@cache
 def _kernel() -> Any:
     places = "".join(
         f"constexpr int {name.upper()} = {place};\n" for place, name in enumerate(FACTS)
     )
     return mx.fast.cuda_kernel(
         name="sample_rows",
-        input_names=["logits", "facts", "bias_words", "bias_values", "context"],
-        output_names=["tokens", "adjusted", "seen_times", "next_context"],
-        header=HEADER + f"constexpr int NUM_FACTS = {len(FACTS)};\n" + places,
+        input_names=["logits", "facts", "draws", "bias_words", "bias_values", "context"],
+        output_names=["tokens", "adjusted", "seen_times", "next_context", "next_draws"],
+        header=f"{HEADER}constexpr int NUM_FACTS = {len(FACTS)};\n"
+        f"constexpr unsigned long long COIN = {COIN}ull;\n{places}",
         source=SOURCE,
     )

@@ -9,8 +9,8 @@ do; nothing is sorted.
 # Places in a row of `facts`.
 FACTS = (
     "temperature", "top_p", "min_p", "top_k", "is_filtered", "is_greedy", "num_biases",
-    "context_size", "next_size", "repetition", "presence", "frequency", "xtc_threshold",
-    "xtc_strikes", "number",
+    "context_size", "longest_context", "repetition", "presence", "frequency", "xtc_threshold",
+    "xtc_probability",
 )  # fmt: skip
 
 HEADER = """
@@ -19,6 +19,19 @@ namespace mlx::core::cu {
 using Mass = unsigned long long;
 constexpr int WARPS = 32;
 constexpr int BINS = 2048;
+
+// Four words of a thread are on their way at once.
+#define EACH_WORD(word) \\
+  _Pragma("unroll 4") for (int word = threadIdx.x; word < size; word += WARPS * 32)
+
+// Splitmix64 of a place in the sequence of `seed`, as `sampling/row.py` has it.
+__device__ inline float uniform(Mass seed, unsigned position) {
+  Mass mixed = seed + (position + 1ull) * 0x9E3779B97F4A7C15ull;
+  mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9ull;
+  mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EBull;
+  mixed ^= mixed >> 31;
+  return (static_cast<float>(mixed >> 41) + 0.5f) / 8388608.0f;
+}
 
 // Of a value of each thread of the block; the same for all of them.
 template <typename V, typename Combine>
@@ -121,7 +134,7 @@ __device__ unsigned smallest_above(
       counts[bin] = 0;
     }
     __syncthreads();
-    for (int word = threadIdx.x; word < size; word += WARPS * 32) {
+    EACH_WORD(word) {
       const float weight = weight_of(word);
       const unsigned bits = __float_as_uint(weight);
       if (weight >= 0.0f && (digit == 0 || bits >> higher == prefix >> higher)) {
@@ -178,13 +191,15 @@ SOURCE = """
   __shared__ int answer;
 
   const int row = blockIdx.x;
+  const Mass seed = static_cast<Mass>(draws[row * 3 + 2]) << 32 | draws[row * 3 + 1];
+  const unsigned position = draws[row * 3];
   const int size = logits_shape[1];
   const float* fact = facts + row * NUM_FACTS;
   float* own = adjusted + static_cast<long long>(row) * size;
   const T* given = logits + static_cast<long long>(row) * size;
   constexpr int THREADS = WARPS * 32;
 
-  for (int word = threadIdx.x; word < size; word += THREADS) {
+  EACH_WORD(word) {
     own[word] = static_cast<float>(given[word]);
   }
   __syncthreads();
@@ -224,7 +239,7 @@ SOURCE = """
 
   // ---- the likeliest, of equal ones the first: its bits in order, and its place from behind
   Mass best = 0;
-  for (int word = threadIdx.x; word < size; word += THREADS) {
+  EACH_WORD(word) {
     best = max(best, static_cast<Mass>(ordered(own[word])) << 32 | static_cast<unsigned>(~word));
   }
   best = block_reduce(best, scratch, [](Mass a, Mass b) { return a > b ? a : b; });
@@ -246,7 +261,7 @@ SOURCE = """
       float floor = fact[MIN_P];
       if (fact[TOP_P] < 1.0f) {
         Mass mass = 0;
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           mass += mass_of(weight_of(word));
         }
         mass = block_reduce(mass, scratch, add_mass);
@@ -256,12 +271,12 @@ SOURCE = """
         floor = fmaxf(floor, __uint_as_float(smallest_above(
             size, limit, sums, counts, &found, &found_sum, weight_of, mass_of)));
       }
-      for (int word = threadIdx.x; word < size; word += THREADS) {
+      EACH_WORD(word) {
         own[word] = weight_of(word) >= floor ? own[word] : -INFINITY;
       }
-      if (fact[XTC_STRIKES] != 0.0f) {
+      if (uniform(seed ^ COIN, position) < fact[XTC_PROBABILITY]) {
         Mass left = 0;
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           left += mass_of(weight_of(word));
         }
         left = block_reduce(left, scratch, add_mass);
@@ -270,14 +285,14 @@ SOURCE = """
             fact[XTC_THRESHOLD] * (static_cast<float>(left) / 1099511627776.0f), 1.17549435e-38f);
         // Of positive floats the bits order as they do.
         Mass least = __float_as_uint(INFINITY);
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           if (weight_of(word) > limit) {
             least = min(least, static_cast<Mass>(__float_as_uint(weight_of(word))));
           }
         }
         least = block_reduce(least, scratch, [](Mass a, Mass b) { return a < b ? a : b; });
         const float most = __uint_as_float(static_cast<unsigned>(least));
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           own[word] = weight_of(word) > most ? -INFINITY : own[word];
         }
       }
@@ -289,7 +304,7 @@ SOURCE = """
             [](float) { return static_cast<Mass>(1); }));
         Mass equal = 0;
         Mass greater = 0;
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           equal += weight_of(word) == kth;
           greater += weight_of(word) > kth;
         }
@@ -302,7 +317,7 @@ SOURCE = """
               [&](int word) { return static_cast<Mass>(weight_of(word) == kth); });
         }
         __syncthreads();
-        for (int word = threadIdx.x; word < size; word += THREADS) {
+        EACH_WORD(word) {
           const float weight = weight_of(word);
           const bool is_kept = weight > kth || (weight == kth && word <= last);
           own[word] = is_kept ? own[word] : -INFINITY;
@@ -316,7 +331,7 @@ SOURCE = """
     // ---- draw at the row's own temperature
     __syncthreads();
     Mass peak = 0;
-    for (int word = threadIdx.x; word < size; word += THREADS) {
+    EACH_WORD(word) {
       peak = max(peak, static_cast<Mass>(ordered(own[word])));
     }
     peak = block_reduce(peak, scratch, [](Mass a, Mass b) { return a > b ? a : b; });
@@ -326,19 +341,23 @@ SOURCE = """
       return mass_of(expf((own[word] - highest) / fact[TEMPERATURE]));
     };
     Mass total = 0;
-    for (int word = threadIdx.x; word < size; word += THREADS) {
+    EACH_WORD(word) {
       total += heated(word);
     }
     total = block_reduce(total, scratch, add_mass);
-    const double target = ceil(static_cast<double>(fact[NUMBER]) * static_cast<double>(total));
+    const double number = uniform(seed, position);
+    const double target = ceil(number * static_cast<double>(total));
     chosen = word_at(size, target > 1.0 ? static_cast<Mass>(target) : 1, scratch, &answer, heated);
   }
 
   if (threadIdx.x == 0) {
     tokens[row] = chosen;
+    next_draws[row * 3] = position + 1;
+    next_draws[row * 3 + 1] = draws[row * 3 + 1];
+    next_draws[row * 3 + 2] = draws[row * 3 + 2];
   }
   // ---- what the next step's penalties look at: the end of it
-  const int next_size = static_cast<int>(fact[NEXT_SIZE]);
+  const int next_size = min(held + 1, static_cast<int>(fact[LONGEST_CONTEXT]));
   for (int place = threadIdx.x; place < next_size; place += THREADS) {
     const int from = held + 1 - next_size + place;
     next_context[static_cast<long long>(row) * next_size + place] =

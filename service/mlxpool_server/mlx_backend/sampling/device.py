@@ -76,7 +76,8 @@ class DeviceSampler:
             [[none] * (size - len(row.context)) + row.context for row in rows], dtype=mx.int32
         )
         missing = size - held.shape[1]
-        held = mx.pad(held, [(0, 0), (missing, 0)], constant_values=mx.array(none, mx.int32))
+        if missing:
+            held = mx.pad(held, [(0, 0), (missing, 0)], constant_values=mx.array(none, mx.int32))
         return mx.concatenate([held, new])
 
     def _adjusted(self, logits: mx.array, parameters: _Parameters) -> mx.array:

@@ -11,7 +11,7 @@ GREEDY_BELOW = 1e-5
 
 _MASK = (1 << 64) - 1
 # So that the coin of xtc is not the number that draws.
-_COIN = 0xA0761D6478BD642F
+COIN = 0xA0761D6478BD642F
 
 
 class SampledRow:
@@ -39,15 +39,16 @@ class SampledRow:
         size = params.penalty_context_size if self.has_penalties else 0
         self.context_size = size
         self.context = list(prompt[-size:]) if size else []
-        self._seed = params.seed or 0
-        self._position = 0
+        self.seed = (params.seed or 0) & _MASK
+        # How many numbers were drawn.
+        self.position = 0
 
     def next_draw(self) -> tuple[float, bool]:
         """The number in (0, 1) that picks the next token, and whether xtc strikes."""
-        number = uniform(self._seed, self._position)
+        number = uniform(self.seed, self.position)
         coin = self.params.xtc_probability
-        strikes = coin > 0.0 and uniform(self._seed ^ _COIN, self._position) < coin
-        self._position += 1
+        strikes = coin > 0.0 and uniform(self.seed ^ COIN, self.position) < coin
+        self.position += 1
         return number, strikes
 
     def accept(self, token: int) -> None:

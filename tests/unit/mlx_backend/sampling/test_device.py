@@ -144,7 +144,7 @@ def test_greedy_rows_use_up_no_numbers() -> None:
     """A sampled row's place in its sequence does not depend on who is beside it."""
     rows = [SampledRow(GREEDY, [1], VOCAB), SampledRow(BASE, [1], VOCAB)]
     on_device(np.zeros((2, VOCAB), dtype=np.float32), rows)
-    assert [row._position for row in rows] == [0, 1]
+    assert [row.position for row in rows] == [0, 1]
 
 
 def test_half_precision_logits_are_sampled_in_single() -> None:
