@@ -68,69 +68,112 @@ __device__ inline float unordered(unsigned bits) {
   return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-// Which of the words in their order brings the running sum of `amount(word)` to `target`, which is
-// at least 1 and at most the whole sum.
-template <typename Amount>
-__device__ int word_at(int size, Mass target, Mass* scratch, int* answer, Amount amount) {
+// A place, and the sum of the amounts before it.
+struct Place {
+  int number;
+  Mass before;
+};
+
+// The place from 0 to `size` that brings the running sum of `amount(place)` to a target, which is
+// at least 1 and at most the whole sum: `target_of` that. `otherwise` where nothing does.
+template <typename Amount, typename Target>
+__device__ Place place_at(
+    int size, int otherwise, Mass* scratch, Place* found, Amount amount, Target target_of) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int length = (size + WARPS * 32 - 1) / (WARPS * 32) * 32;
-  const int begin = warp * length;
-  const int end = min(size, begin + length);
-  Mass own = 0;
-  for (int word = begin + lane; word < end; word += 32) {
-    own += amount(word);
-  }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    own += __shfl_xor_sync(0xffffffffu, own, distance);
-  }
-  __syncthreads();
-  if (lane == 0) {
-    scratch[warp] = own;
-  }
-  __syncthreads();
+  int begin = 0;
+  int end = size;
   Mass before = 0;
-  for (int other = 0; other < warp; ++other) {
-    before += scratch[other];
+  Mass target = 0;
+  // A warp adds up a part of them, then a part of the part in which the place is.
+  for (int level = 0; level < 2; ++level) {
+    const int length = (end - begin + WARPS * 32 - 1) / (WARPS * 32) * 32;
+    const int stop = min(end, begin + (warp + 1) * length);
+    Mass own = 0;
+    for (int place = begin + warp * length + lane; place < stop; place += 32) {
+      own += amount(place);
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+      own += __shfl_xor_sync(0xffffffffu, own, distance);
+    }
+    __syncthreads();
+    if (lane == 0) {
+      scratch[warp] = own;
+    }
+    __syncthreads();
+    if (level == 0) {
+      Mass total = 0;
+      for (int other = 0; other < WARPS; ++other) {
+        total += scratch[other];
+      }
+      target = target_of(total);
+    }
+    int part = 0;
+    while (part < WARPS - 1 && before + scratch[part] < target) {
+      before += scratch[part];
+      ++part;
+    }
+    begin += part * length;
+    end = min(end, begin + length);
   }
-  if (before < target && before + own >= target) {
-    for (int first = begin; first < begin + length; first += 32) {
-      const int word = first + lane;
-      Mass reached = word < end ? amount(word) : 0;
+  if (warp == 0) {
+    unsigned there = 0;
+    for (int first = begin; first < end && !there; first += 32) {
+      const int place = first + lane;
+      const Mass own = place < end ? amount(place) : 0;
+      Mass reached = own;
       for (int distance = 1; distance < 32; distance *= 2) {
         const Mass left = __shfl_up_sync(0xffffffffu, reached, distance);
         reached += lane >= distance ? left : 0;
       }
-      const unsigned there = __ballot_sync(0xffffffffu, before + reached >= target);
-      if (there) {
-        if (lane == 0) {
-          *answer = first + __ffs(there) - 1;
-        }
-        break;
+      there = __ballot_sync(0xffffffffu, before + reached >= target);
+      if (there && lane == __ffs(there) - 1) {
+        *found = {place, before + reached - own};
       }
       before += __shfl_sync(0xffffffffu, reached, 31);
     }
+    if (!there && lane == 0) {
+      *found = {otherwise, 0};
+    }
   }
   __syncthreads();
-  return *answer;
+  const Place place = *found;
+  __syncthreads();
+  return place;
 }
 
-// The smallest weight of which the `amount` of all greater ones is below `limit`, as bits. Of no
-// word with a weight below 0 it takes notice.
-template <typename Weight, typename Amount>
-__device__ unsigned smallest_above(
-    int size, double limit, Mass* sums, int* counts, unsigned* found, Mass* found_sum,
-    Weight weight_of, Amount amount_of) {
-  const int shifts[] = {19, 8, 0};
-  const unsigned widths[] = {2047, 2047, 255};
-  unsigned prefix = 0;
-  Mass above = 0;
-  for (int digit = 0; digit < 3; ++digit) {
-    const int shift = shifts[digit];
-    const int higher = digit == 0 ? 31 : shifts[digit - 1];
+// Digits of a weight's bits, the highest first.
+__device__ inline int shift_of(int digit) { return digit == 0 ? 19 : digit == 1 ? 8 : 0; }
+__device__ inline unsigned width_of(int digit) { return digit == 2 ? 255 : 2047; }
+
+// Of the words with one value of a digit: how many, and their mass in two halves, since shared
+// memory adds up 32 bits by itself and 64 in a loop.
+struct Histogram {
+  unsigned low[BINS];
+  unsigned high[BINS];
+  int counts[BINS];
+
+  __device__ Mass mass(int bin) const { return static_cast<Mass>(high[bin]) << 32 | low[bin]; }
+
+  __device__ void add(unsigned bin, Mass mass) {
+    const unsigned addend = static_cast<unsigned>(mass);
+    const unsigned before = atomicAdd(&low[bin], addend);
+    const unsigned carried = static_cast<unsigned>(mass >> 32) + (before + addend < before);
+    if (carried) {
+      atomicAdd(&high[bin], carried);
+    }
+    atomicAdd(&counts[bin], 1);
+  }
+
+  // Of all words whose higher digits are those of `prefix`, but of none with a weight below 0.
+  template <typename Weight>
+  __device__ void count(int size, int digit, unsigned prefix, Weight weight_of) {
+    const int shift = shift_of(digit);
+    const int higher = digit == 0 ? 31 : shift_of(digit - 1);
     __syncthreads();
     for (int bin = threadIdx.x; bin < BINS; bin += WARPS * 32) {
-      sums[bin] = 0;
+      low[bin] = 0;
+      high[bin] = 0;
       counts[bin] = 0;
     }
     __syncthreads();
@@ -138,57 +181,42 @@ __device__ unsigned smallest_above(
       const float weight = weight_of(word);
       const unsigned bits = __float_as_uint(weight);
       if (weight >= 0.0f && (digit == 0 || bits >> higher == prefix >> higher)) {
-        const unsigned bin = bits >> shift & widths[digit];
-        atomicAdd(&sums[bin], amount_of(weight));
-        atomicAdd(&counts[bin], 1);
+        add(bits >> shift & width_of(digit), mass_of(weight));
       }
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
-      // A lane has 64 bins; lane 0 the highest ones.
-      const int top = BINS - 1 - static_cast<int>(threadIdx.x) * 64;
-      Mass own = 0;
-      for (int bin = top; bin > top - 64; --bin) {
-        own += sums[bin];
-      }
-      Mass before = own;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const Mass left = __shfl_up_sync(0xffffffffu, before, distance);
-        before += threadIdx.x >= distance ? left : 0;
-      }
-      before = above + before - own;
-      int lowest = -1;
-      Mass before_lowest = 0;
-      for (int bin = top; bin > top - 64; --bin) {
-        if (counts[bin] && static_cast<double>(before) < limit) {
-          lowest = bin;
-          before_lowest = before;
-        }
-        before += sums[bin];
-      }
-      const unsigned there = __ballot_sync(0xffffffffu, lowest >= 0);
-      if (there && threadIdx.x == 31 - __clz(there)) {
-        *found = lowest;
-        *found_sum = before_lowest;
-      }
-    }
-    __syncthreads();
-    prefix |= *found << shift;
-    above = *found_sum;
   }
-  return prefix;
+};
+
+// The smallest weight that all greater ones leave below a limit: its bits, as far as they are
+// known, how much the greater ones are, and how many words have it.
+struct Border {
+  unsigned bits;
+  Mass above;
+  int count;
+};
+
+// Learns a border's next digit; `amount` is what a bin adds to what is limited.
+template <typename Amount>
+__device__ Border with_digit(
+    Border border, int digit, Mass limit, const Histogram& bins, Mass* scratch, Place* found,
+    Amount amount) {
+  const Place place = place_at(
+      BINS, BINS - 1, scratch, found, [&](int place) { return amount(BINS - 1 - place); },
+      // Fewer words than the limit are left to their last one.
+      [&](Mass total) { return max(min(limit - border.above, total), Mass(1)); });
+  const unsigned bin = BINS - 1 - place.number;
+  return {
+      border.bits | bin << shift_of(digit), border.above + place.before, bins.counts[bin]};
 }
 
 } // namespace mlx::core::cu
 """
 
 SOURCE = """
-  __shared__ Mass sums[BINS];
-  __shared__ int counts[BINS];
+  __shared__ Histogram bins;
   __shared__ Mass scratch[WARPS];
-  __shared__ Mass found_sum;
-  __shared__ unsigned found;
-  __shared__ int answer;
+  __shared__ Place found;
 
   const int row = blockIdx.x;
   const Mass seed = static_cast<Mass>(draws[row * 3 + 2]) << 32 | draws[row * 3 + 1];
@@ -199,8 +227,14 @@ SOURCE = """
   const T* given = logits + static_cast<long long>(row) * size;
   constexpr int THREADS = WARPS * 32;
 
+  // ---- the likeliest, of equal ones the first: its bits in order, and its place from behind
+  Mass best = 0;
+  const auto consider = [&](int word) {
+    best = max(best, static_cast<Mass>(ordered(own[word])) << 32 | static_cast<unsigned>(~word));
+  };
   EACH_WORD(word) {
     own[word] = static_cast<float>(given[word]);
+    consider(word);
   }
   __syncthreads();
 
@@ -236,11 +270,11 @@ SOURCE = """
     }
   }
   __syncthreads();
-
-  // ---- the likeliest, of equal ones the first: its bits in order, and its place from behind
-  Mass best = 0;
-  EACH_WORD(word) {
-    best = max(best, static_cast<Mass>(ordered(own[word])) << 32 | static_cast<unsigned>(~word));
+  if (fact[NUM_BIASES] != 0.0f || fact[CONTEXT_SIZE] != 0.0f) {
+    best = 0;
+    EACH_WORD(word) {
+      consider(word);
+    }
   }
   best = block_reduce(best, scratch, [](Mass a, Mass b) { return a > b ? a : b; });
   const int likeliest = ~static_cast<int>(static_cast<unsigned>(best));
@@ -252,102 +286,115 @@ SOURCE = """
     const auto weight_of = [&](int word) {
       return own[word] == -INFINITY ? -1.0f : expf(own[word] - top);
     };
-    if (threadIdx.x == 0) {
-      answer = likeliest;
-      found = 0;
-      found_sum = 0;
-    }
-    if (fact[IS_FILTERED] != 0.0f) {
-      float floor = fact[MIN_P];
-      if (fact[TOP_P] < 1.0f) {
+    const auto mass_in = [&](int bin) { return bins.mass(bin); };
+    const auto count_in = [&](int bin) { return static_cast<Mass>(bins.counts[bin]); };
+    // What stays: weights that reach `floor`, and of those equal to `least` the words up to `last`.
+    const bool is_filtered = fact[IS_FILTERED] != 0.0f;
+    float floor = fact[MIN_P];
+    float least = 0.0f;
+    int last = size;
+    float highest = top;
+    if (is_filtered) {
+      const bool has_top_p = fact[TOP_P] < 1.0f;
+      const Mass top_k = fact[TOP_K];
+      const bool has_top_k = top_k > 0;
+      const bool strikes = uniform(seed ^ COIN, position) < fact[XTC_PROBABILITY];
+      Border by_mass = {0, 0, 0};
+      Border by_count = {0, 0, 0};
+      if (has_top_p || (has_top_k && !strikes)) {
+        bins.count(size, 0, 0, weight_of);
+      }
+      Mass limit = 0;
+      if (has_top_p) {
         Mass mass = 0;
-        EACH_WORD(word) {
-          mass += mass_of(weight_of(word));
+        for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
+          mass += bins.mass(bin);
         }
         mass = block_reduce(mass, scratch, add_mass);
         // Some word always stays, though the product may underflow.
-        const double limit =
-            fmax(static_cast<double>(fact[TOP_P]) * static_cast<double>(mass), 0.5);
-        floor = fmaxf(floor, __uint_as_float(smallest_above(
-            size, limit, sums, counts, &found, &found_sum, weight_of, mass_of)));
+        const double top_p = fact[TOP_P];
+        limit = max(static_cast<Mass>(ceil(top_p * static_cast<double>(mass))), Mass(1));
+        by_mass = with_digit(by_mass, 0, limit, bins, scratch, &found, mass_in);
       }
-      EACH_WORD(word) {
-        own[word] = weight_of(word) >= floor ? own[word] : -INFINITY;
+      if (has_top_k && !strikes) {
+        // Of the largest weights that stay the largest few are those of all.
+        by_count = with_digit(by_count, 0, top_k, bins, scratch, &found, count_in);
       }
-      if (uniform(seed ^ COIN, position) < fact[XTC_PROBABILITY]) {
+      if (has_top_p) {
+        for (int digit = 1; digit < 3; ++digit) {
+          bins.count(size, digit, by_mass.bits, weight_of);
+          by_mass = with_digit(by_mass, digit, limit, bins, scratch, &found, mass_in);
+        }
+        floor = fmaxf(floor, __uint_as_float(by_mass.bits));
+      }
+      if (strikes) {
+        EACH_WORD(word) {
+          own[word] = weight_of(word) >= floor ? own[word] : -INFINITY;
+        }
         Mass left = 0;
         EACH_WORD(word) {
           left += mass_of(weight_of(word));
         }
         left = block_reduce(left, scratch, add_mass);
         // At least the smallest normal number: what is below may be 0 elsewhere.
-        const float limit = fmaxf(
+        const float threshold = fmaxf(
             fact[XTC_THRESHOLD] * (static_cast<float>(left) / 1099511627776.0f), 1.17549435e-38f);
         // Of positive floats the bits order as they do.
-        Mass least = __float_as_uint(INFINITY);
+        Mass lowest_bits = __float_as_uint(INFINITY);
         EACH_WORD(word) {
-          if (weight_of(word) > limit) {
-            least = min(least, static_cast<Mass>(__float_as_uint(weight_of(word))));
+          if (weight_of(word) > threshold) {
+            lowest_bits = min(
+                lowest_bits, static_cast<Mass>(__float_as_uint(weight_of(word))));
           }
         }
-        least = block_reduce(least, scratch, [](Mass a, Mass b) { return a < b ? a : b; });
-        const float most = __uint_as_float(static_cast<unsigned>(least));
+        lowest_bits = block_reduce(
+            lowest_bits, scratch, [](Mass a, Mass b) { return a < b ? a : b; });
+        const float most = __uint_as_float(static_cast<unsigned>(lowest_bits));
         EACH_WORD(word) {
           own[word] = weight_of(word) > most ? -INFINITY : own[word];
         }
+        // It may have taken the likeliest.
+        Mass peak = 0;
+        EACH_WORD(word) {
+          peak = max(peak, static_cast<Mass>(ordered(own[word])));
+        }
+        peak = block_reduce(peak, scratch, [](Mass a, Mass b) { return a > b ? a : b; });
+        highest = unordered(static_cast<unsigned>(peak));
+        if (has_top_k) {
+          bins.count(size, 0, 0, weight_of);
+          by_count = with_digit(by_count, 0, top_k, bins, scratch, &found, count_in);
+        }
       }
-      const int top_k = static_cast<int>(fact[TOP_K]);
-      if (top_k > 0) {
-        __syncthreads();
-        const float kth = __uint_as_float(smallest_above(
-            size, top_k, sums, counts, &found, &found_sum, weight_of,
-            [](float) { return static_cast<Mass>(1); }));
-        Mass equal = 0;
-        Mass greater = 0;
-        EACH_WORD(word) {
-          equal += weight_of(word) == kth;
-          greater += weight_of(word) > kth;
+      if (has_top_k) {
+        for (int digit = 1; digit < 3; ++digit) {
+          bins.count(size, digit, by_count.bits, weight_of);
+          by_count = with_digit(by_count, digit, top_k, bins, scratch, &found, count_in);
         }
-        equal = block_reduce(equal, scratch, add_mass);
-        greater = block_reduce(greater, scratch, add_mass);
+        least = __uint_as_float(by_count.bits);
         // Of equal ones the first stay.
-        int last = size;
-        if (greater + equal > top_k) {
-          last = word_at(size, top_k - greater, scratch, &answer,
-              [&](int word) { return static_cast<Mass>(weight_of(word) == kth); });
-        }
-        __syncthreads();
-        EACH_WORD(word) {
-          const float weight = weight_of(word);
-          const bool is_kept = weight > kth || (weight == kth && word <= last);
-          own[word] = is_kept ? own[word] : -INFINITY;
-        }
-        if (threadIdx.x == 0) {
-          answer = likeliest;
+        if (by_count.above + by_count.count > top_k) {
+          const auto is_equal = [&](int word) -> Mass { return weight_of(word) == least; };
+          const auto quota = [&](Mass) { return top_k - by_count.above; };
+          last = place_at(size, size, scratch, &found, is_equal, quota).number;
         }
       }
     }
 
     // ---- draw at the row's own temperature
-    __syncthreads();
-    Mass peak = 0;
-    EACH_WORD(word) {
-      peak = max(peak, static_cast<Mass>(ordered(own[word])));
-    }
-    peak = block_reduce(peak, scratch, [](Mass a, Mass b) { return a > b ? a : b; });
-    // xtc may have taken the likeliest.
-    const float highest = unordered(static_cast<unsigned>(peak));
-    const auto heated = [&](int word) {
-      return mass_of(expf((own[word] - highest) / fact[TEMPERATURE]));
+    const float coldness = 1.0f / fact[TEMPERATURE];
+    const auto is_kept = [&](int word) {
+      const float weight = weight_of(word);
+      return weight >= floor && (weight > least || (weight == least && word <= last));
     };
-    Mass total = 0;
-    EACH_WORD(word) {
-      total += heated(word);
-    }
-    total = block_reduce(total, scratch, add_mass);
+    const auto heated = [&](int word) -> Mass {
+      const bool counts = !is_filtered || is_kept(word);
+      return counts ? mass_of(expf((own[word] - highest) * coldness)) : 0;
+    };
     const double number = uniform(seed, position);
-    const double target = ceil(number * static_cast<double>(total));
-    chosen = word_at(size, target > 1.0 ? static_cast<Mass>(target) : 1, scratch, &answer, heated);
+    const auto share = [&](Mass total) {
+      return max(static_cast<Mass>(ceil(number * static_cast<double>(total))), Mass(1));
+    };
+    chosen = place_at(size, likeliest, scratch, &found, heated, share).number;
   }
 
   if (threadIdx.x == 0) {
