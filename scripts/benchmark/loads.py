@@ -22,7 +22,7 @@ closed-N      N streams, each sends its next request when its last one has ended
 sampled-N     the same with temperature 0.8 and top-p 0.95
 poisson[-X]   requests arrive at random, at X (0.7) of what the loop can serve
 prefix        chats with 2,000 tokens in common: the second turn's first token against the first's
-mixed         32 streams greedy, then with other sampling parameters in every request
+mixed         32 streams greedy and with other sampling parameters in every request, in turns
 long          a 4,000-token prompt arrives among 8 streams
 two-models    8 streams on each of two models, against 16 on one
 slow-reader   8 streams beside a reader that stops reading

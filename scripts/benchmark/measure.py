@@ -40,6 +40,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
+def mean_of(windows: Sequence[Metrics]) -> Metrics:
+    """Return the mean of each figure that all windows have."""
+    known = set.intersection(*(set(metrics) for metrics in windows))
+    return {
+        name: statistics.fmean(metrics[name] for metrics in windows)
+        for name in windows[0]
+        if name in known
+    }
+
+
 def summarise(answers: Sequence[Answer], begin_s: float, end_s: float) -> Metrics:
     """Return the figures of what arrived between `begin_s` and `end_s`.
 

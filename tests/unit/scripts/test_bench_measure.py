@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmark.measure import Spread, best, percentile, ratio_spread, summarise
+from benchmark.measure import Spread, best, mean_of, percentile, ratio_spread, summarise
 from benchmark.workload import Answer
 
 
@@ -62,6 +62,11 @@ def test_time_per_token_spreads_a_message_over_its_tokens() -> None:
     """Eight tokens in four messages, of which the first brought two: six more in 3 s."""
     metrics = summarise([_answer([1.0, 2.0, 3.0, 4.0], total=8)], 0.0, 5.0)
     assert metrics["tpot_p50_ms"] == 500.0
+
+
+def test_the_mean_of_windows_is_that_of_what_all_of_them_have() -> None:
+    windows = [{"tokens_per_s": 10.0, "gpu_mib": 1.0}, {"tokens_per_s": 20.0}]
+    assert mean_of(windows) == {"tokens_per_s": 15.0}
 
 
 def test_ratios_pair_the_runs_of_one_repeat() -> None:
