@@ -59,6 +59,8 @@ HAS_KERNEL = device_kind() == "cuda"
 DTYPE = mx.bfloat16 if HAS_KERNEL else mx.float32
 # Of all logits of a step together; positions that are off by one make it 0.26 and more.
 MAX_ERROR = 5e-2 if HAS_KERNEL else 1e-5
+# Caches of another shape bring other products on CUDA, and nowhere else.
+MAX_ROUNDING = 1e-5 if HAS_KERNEL else 0.0
 PROMPT_LENGTHS = [3, 17, 1]
 
 
@@ -97,6 +99,12 @@ def steps_of(model: Any, *, is_joined: bool) -> list[mx.array]:
     return [*found, model(mx.array([[1]]), cache=caches)[:, -1]]
 
 
+def error_of(found: mx.array, wanted: mx.array) -> Any:
+    """Of all logits together, over theirs."""
+    error = mx.linalg.norm((found - wanted).astype(mx.float32))
+    return (error / mx.linalg.norm(wanted.astype(mx.float32))).item()
+
+
 @pytest.mark.parametrize("changes", KNOWN.values(), ids=KNOWN.keys())
 def test_a_known_layer_says_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
     """Step by step what mlx-lm's own layers say, and it is not they who say it."""
@@ -111,8 +119,7 @@ def test_a_known_layer_says_the_same(changes: dict[str, Any], tmp_path: Path) ->
     model = read(folder)
     assert teach_steps(model, attend)
     for found, wanted in zip(steps_of(model, is_joined=True), expected, strict=True):
-        error = mx.linalg.norm((found - wanted).astype(mx.float32))
-        assert (error / mx.linalg.norm(wanted.astype(mx.float32))).item() < MAX_ERROR
+        assert error_of(found, wanted) < MAX_ERROR
     assert len(calls) == 7 * SIZES["num_hidden_layers"]
 
 
@@ -134,4 +141,4 @@ def test_another_type_is_mlx_lms(tmp_path: Path) -> None:
     for found, wanted in zip(
         steps_of(model, is_joined=True), steps_of(plain, is_joined=False), strict=True
     ):
-        assert mx.array_equal(found, wanted).item()
+        assert error_of(found, wanted) <= MAX_ROUNDING
