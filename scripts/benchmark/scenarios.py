@@ -27,7 +27,7 @@ _PREFIX_TOKENS = 2000
 _TURN_TOKENS = 32
 _ANSWER_TOKENS = 8
 _LONG_PROMPT_TOKENS = 4000
-_MIXED_TURNS = 3
+_MIXED_TURNS = 4
 # Nobody waits for the end of these.
 _ENDLESS_TOKENS = 7000
 _DEADLINE_S = 240.0
@@ -108,12 +108,14 @@ async def poisson(bench: Bench, load: Load) -> Metrics:
 
 
 async def mixed(bench: Bench, load: Load) -> Phases:
-    """In turns, so that a slow minute falls on both."""
-    turns: dict[SamplingKind, list[Metrics]] = {"greedy": [], "mixed": []}
+    """In turns, and each is first as often, so that a machine's drift falls on both alike."""
+    windows: dict[SamplingKind, list[Metrics]] = {"greedy": [], "mixed": []}
+    kinds = list(windows)
     for _ in range(_MIXED_TURNS):
-        for kind, found in turns.items():
-            found.append(await closed(bench, load.streams, kind))
-    greedy, different = (mean_of(found) for found in turns.values())
+        for kind in kinds:
+            windows[kind].append(await closed(bench, load.streams, kind))
+        kinds.reverse()
+    greedy, different = (mean_of(found) for found in windows.values())
     different["ratio"] = different["tokens_per_s"] / greedy["tokens_per_s"]
     return {"greedy": greedy, "mixed": different}
 
