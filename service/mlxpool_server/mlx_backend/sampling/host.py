@@ -22,6 +22,9 @@ _LESS = 0.999
 # For the largest few: so many groups for each of them, and at least so many words in a group.
 _GROUPS_PER_WORD = 4
 _SMALLEST_GROUP = 8
+# Heavy words are taken out where they are less than this share; so many are sorted as they are.
+_FEW = 0.25
+_SORTED = 4096
 
 
 def sample(logits: Floats, rows: Sequence[SampledRow]) -> list[int]:
@@ -41,17 +44,25 @@ def _sample_row(logits: Floats, row: SampledRow) -> int:
     logits = logits - largest_logit
     if row.top_k and not xtc_strikes and (places := largest(logits, row.top_k)) is not None:
         return _sample_among(places, logits, row, number)
+    if not row.is_filtered:
+        return pick(_heated(logits, row), number)
     weights = np.exp(logits)
-    kept = _kept(weights, row, xtc_strikes=xtc_strikes) if row.is_filtered else None
-    if kept is not None and xtc_strikes:
+    kept = _kept(weights, row, xtc_strikes=xtc_strikes)
+    if xtc_strikes:
         # It may have taken the likeliest: what is left has to have a weight that is no 0.
         logits = np.where(kept, logits, np.float32(-np.inf))
         logits = logits - logits.max()
     if row.temperature != 1.0 or xtc_strikes:
-        weights = np.exp(logits / np.float32(row.temperature))
-    if kept is not None:
-        weights = np.where(kept, weights, np.float32(0))
+        weights = _heated(logits, row)
+    # As np.where, which branches for each word and takes fifteen times as long.
+    weights *= kept
     return pick(weights, number)
+
+
+def _heated(logits: Floats, row: SampledRow) -> Floats:
+    """The weights to draw by."""
+    weights: Floats = np.exp(logits / np.float32(row.temperature))
+    return weights
 
 
 def _sample_among(places: Places, logits: Floats, row: SampledRow, number: float) -> int:
@@ -62,12 +73,8 @@ def _sample_among(places: Places, logits: Floats, row: SampledRow, number: float
     floor = np.float32(params.min_p)
     if params.top_p < 1.0:
         target = params.top_p * float(np.exp(logits).sum(dtype=np.float64))
-        ordered = np.sort(weights)[::-1]
-        last = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), target))
-        floor = max(floor, ordered[min(last, ordered.size - 1)])
-    reached = np.cumsum(
-        np.where(weights >= floor, np.exp(own / np.float32(row.temperature)), 0.0), dtype=np.float64
-    )
+        floor = max(floor, _border(weights, 0.0, target))
+    reached = np.cumsum(np.where(weights >= floor, _heated(own, row), 0.0), dtype=np.float64)
     return int(places[min(int(np.searchsorted(reached, number * reached[-1])), places.size - 1)])
 
 
@@ -81,7 +88,7 @@ def largest(values: Floats, count: int) -> Places | None:
     width = values.size // (_GROUPS_PER_WORD * count)
     if width < _SMALLEST_GROUP:
         return None
-    maxima = values[: values.size // width * width].reshape(-1, width).max(axis=1)
+    maxima = np.maximum.reduceat(values, np.arange(0, values.size, width))
     bound = np.partition(maxima, maxima.size - count)[maxima.size - count]
     places: Places = np.flatnonzero(values >= bound)
     found = values[places]
@@ -150,7 +157,11 @@ def top_p_floor(weights: Floats, top_p: float) -> np.float32:
     total = float(weights.sum(dtype=np.float64))
     target = top_p * total
     # All that are below it have less than the mass that may go: of a real model, nearly all are.
-    weights = weights[np.flatnonzero(weights >= (1.0 - top_p) * total / weights.size * _LESS)]
+    is_heavy = weights >= (1.0 - top_p) * total / weights.size * _LESS
+    if np.count_nonzero(is_heavy) < _FEW * weights.size:
+        weights = weights[np.flatnonzero(is_heavy)]
+    if weights.size <= _SORTED:
+        return _border(weights, 0.0, target)
     classes = weights.view(np.uint32) >> 16
     masses = np.bincount(classes, weights=weights)
     mass_down_to = np.cumsum(masses[::-1])
@@ -158,10 +169,15 @@ def top_p_floor(weights: Floats, top_p: float) -> np.float32:
     if place == masses.size:
         # Rounding: all of them are a little less than the target.
         return np.float32(weights.min())
-    members = np.sort(weights[classes == masses.size - 1 - place])[::-1]
-    above = mass_down_to[place - 1] if place else 0.0
-    last = int(np.searchsorted(above + np.cumsum(members, dtype=np.float64), target))
-    return np.float32(members[min(last, members.size - 1)])
+    above = float(mass_down_to[place - 1]) if place else 0.0
+    return _border(weights[classes == masses.size - 1 - place], above, target)
+
+
+def _border(weights: Floats, above: float, target: float) -> np.float32:
+    """The weight that, with all larger ones and what is `above` them, reaches the target."""
+    ordered = np.sort(weights)[::-1]
+    last = int(np.searchsorted(above + np.cumsum(ordered, dtype=np.float64), target))
+    return np.float32(ordered[min(last, ordered.size - 1)])
 
 
 def pick(weights: Floats, number: float) -> int:
