@@ -147,8 +147,9 @@ class Decode:
         is_open = launched is not None and launched.is_open
         if is_forced or self._samples_here() or is_open:
             tokens = self._read(launched)
-            # All that was decided is known here now.
+            # All that was decided is known here now, and not to who chose before.
             self._feed = self._sampler = None
+            self._masked.clear()
             if self._is_masked:
                 self._launch_logits(_as_array(self.rows))
             else:

@@ -223,3 +223,28 @@ def test_beside_a_row_whose_tokens_are_given(batch: MlxBatch, tokenizer: MlxToke
                 batch.force(1, given)
     assert got[1][3:6] == got[1][8:11] == given
     jsonschema.validate(json.loads(text_of(tokenizer, got[0])), SCHEMA)
+
+
+class Anything:
+    """Lets every token come, and its row be one that is chosen late."""
+
+    def allowed(self) -> bytes:
+        return b"\xff" * 1024
+
+    def advance(self, token_id: int) -> None:
+        """It does not matter which."""
+
+
+def test_given_tokens_count_for_penalties(batch: MlxBatch) -> None:
+    """A row that wants what it has seen wants what was given, beside a constrained one, too."""
+    seeking = SamplingParams(temperature=0.0, presence_penalty=-1e4, penalty_context_size=2)
+    given = [40, 41]
+    batch.add(0, [5, 6, 7], GREEDY, Anything())
+    batch.add(1, [6, 7, 8], seeking)
+    got: list[int] = []
+    while len(got) < 12:
+        got += [token for slot, token in batch.step().tokens if slot == 1]
+        if len(got) == 4:
+            batch.force(1, given)
+    assert got[4:6] == given
+    assert set(got[6:]) <= set(given)
