@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxpool_server.mlx_backend import harmony
+from mlxpool_server.mlx_backend.parameter_kinds import with_types
 
 # Mistral's templates take only ids of this form.
 ID_CHARS = 9
@@ -53,7 +54,7 @@ class CallParsers:
 
         Raises: what the parser raises, ValueError when it finds no call.
         """
-        found = self._parsers[name](text, tools)
+        found = self._parsers[name](text, with_types(tools))
         calls = [_call(each) for each in (found if isinstance(found, list) else [found])]
         if not calls:
             raise ValueError("there is no call in it")

@@ -42,6 +42,17 @@ def test_a_call_is_read(renderer: TemplateRenderer) -> None:
     assert call.id.isalnum()
 
 
+def test_what_may_be_null_is_read_as_what_it_is(renderer: TemplateRenderer) -> None:
+    """In a form of calls whose values are bare text, a parser has only the schema to go by."""
+    optional = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    parameters = {"properties": {"a": optional, "b": optional}}
+    tools = [{"function": {"name": "f", "parameters": parameters}}]
+    values = "<parameter=a>\n5\n</parameter>\n<parameter=b>\nnull\n</parameter>\n"
+    text = f"<function=f>\n{values}</function>"
+    (call,) = renderer.read_calls("qwen3_coder", text, tools)
+    assert json.loads(call.arguments_json) == {"a": 5, "b": None}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -15,6 +15,7 @@ from mlxpool_server.domain import Constraint, ConstraintSyntax
 from mlxpool_server.errors import BadConstraintError
 from mlxpool_server.mlx_backend import harmony
 from mlxpool_server.mlx_backend.constraints.grammar import JSON_OPTIONS, quoted
+from mlxpool_server.mlx_backend.parameter_kinds import kinds_of, resolved, without_null
 
 _NEW_LINE = quoted("\n")
 _FIELD = "prompt.chat.tools"
@@ -164,22 +165,32 @@ def _function_tag(rule: str, name: str, parameters: dict[str, Any]) -> list[str]
     for index, (key, schema) in enumerate(properties.items()):
         value = f"{rule}_{index}"
         uses.append(value if key in required else f"{value}?")
-        begin, end = f"<parameter={key}>\n", "\n</parameter>\n"
-        if choices := _texts(_resolved(schema, parameters)):
-            if any(choice.lower() == "null" for choice in choices):
-                raise BadConstraintError(_FIELD, f"{key} may be a text that is read as null")
-            texts = " | ".join(map(quoted, choices))
-            lines.append(f"{value}: {quoted(begin)} ({texts}) {quoted(end)}")
-        elif _is_text(schema):
-            # The lexeme ends with the first such end.
-            lines.append(f"{value}: {quoted(begin)} {value}_text")
-            lines.append(f"{value}_text[suffix={quoted(end)}]: {_any_text(key, schema)}")
-        else:
-            _check_is_read(key, schema, parameters)
-            lines.append(f"{value}: {quoted(begin)} {value}_json {quoted(end)}")
-            lines.append(_json_rule(f"{value}_json", _with_definitions(schema, parameters)))
+        lines += _parameter(value, key, schema, parameters)
     begin = quoted(f"<function={name}>\n")
     return [f"{rule}: {' '.join([begin, *uses, quoted('</function>')])}", *lines]
+
+
+def _parameter(rule: str, key: str, schema: Any, root: dict[str, Any]) -> list[str]:
+    """Raises: BadConstraintError."""
+    begin, end = quoted(f"<parameter={key}>\n"), quoted("\n</parameter>\n")
+    schema, may_be_null = without_null(schema, root)
+    null = f" | {quoted('null')} {end}" if may_be_null else ""
+    if choices := _texts(resolved(schema, root)):
+        if any(choice.lower() == "null" for choice in choices):
+            raise BadConstraintError(_FIELD, f"{key} may be a text that is read as null")
+        texts = " | ".join(map(quoted, choices))
+        return [f"{rule}: {begin} (({texts}) {end}{null})"]
+    if _is_text(schema):
+        # The lexeme ends with the first such end.
+        return [
+            f"{rule}: {begin} ({rule}_text{null})",
+            f"{rule}_text[suffix={end}]: {_any_text(key, schema)}",
+        ]
+    _check_is_read(key, schema, root)
+    return [
+        f"{rule}: {begin} ({rule}_json {end}{null})",
+        _json_rule(f"{rule}_json", _with_definitions(schema, root)),
+    ]
 
 
 def _texts(schema: object) -> list[str]:
@@ -207,32 +218,13 @@ def _any_text(key: str, schema: dict[str, Any]) -> str:
 
 
 def _check_is_read(key: str, schema: Any, root: dict[str, Any]) -> None:
-    """Raises: BadConstraintError for what mlx-lm's parser hands out as a text.
-
-    It goes by `type`; where there is none, only objects and arrays are read as JSON.
-    """
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    if isinstance(kinds, list):
-        is_read = all(isinstance(kind, str) and kind in _LITERALS for kind in kinds)
-    elif kinds is not None:
-        is_read = isinstance(kinds, str) and kinds in _KINDS
-    else:
-        is_read = _resolved(schema, root).get("type") in ("object", "array")
-    if not is_read:
+    """Raises: BadConstraintError for what mlx-lm's parser hands out as a text."""
+    kinds = kinds_of(schema, root)
+    several = [kind for kind in kinds if kind != "null"]
+    is_one = len(kinds) == 1 and kinds[0] in _KINDS
+    if not is_one and not (len(several) > 1 and _LITERALS.issuperset(several)):
         problem = f"{key} needs a type of its own in this model's form of calls"
         raise BadConstraintError(_FIELD, problem)
-
-
-def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """What a reference to one of the parameters' definitions stands for."""
-    found = schema
-    reference = schema.get("$ref") if isinstance(schema, dict) else None
-    if isinstance(reference, str):
-        _, _, path = reference.partition("#/")
-        found = root
-        for part in path.split("/"):
-            found = found.get(part) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _with_definitions(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
