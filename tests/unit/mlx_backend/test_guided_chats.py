@@ -297,6 +297,8 @@ def test_values_that_the_xml_form_cannot_carry(schema: dict[str, object], read: 
         {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
         {"$ref": "#/$defs/pair"},
         {"$ref": "#/$defs/word"},
+        {"$ref": "#/$defs/name"},
+        {"anyOf": [{"$ref": "#/$defs/name"}, {"type": "null"}]},
     ],
 )
 def test_values_in_the_xml_form(schema: dict[str, object], read: Read) -> None:
@@ -309,6 +311,7 @@ def test_values_in_the_xml_form(schema: dict[str, object], read: Read) -> None:
         "$defs": {
             "pair": pair | {"additionalProperties": False},
             "word": {"type": "string", "enum": ["1", "dark"]},
+            "name": {"type": "string", "maxLength": 4},
         },
     }
     tool = Tool("paint", "", json.dumps(parameters))

@@ -175,16 +175,17 @@ def _parameter(rule: str, key: str, schema: Any, root: dict[str, Any]) -> list[s
     begin, end = quoted(f"<parameter={key}>\n"), quoted("\n</parameter>\n")
     schema, may_be_null = without_null(schema, root)
     null = f" | {quoted('null')} {end}" if may_be_null else ""
-    if choices := _texts(resolved(schema, root)):
+    text = resolved(schema, root)
+    if choices := _texts(text):
         if any(choice.lower() == "null" for choice in choices):
             raise BadConstraintError(_FIELD, f"{key} may be a text that is read as null")
         texts = " | ".join(map(quoted, choices))
         return [f"{rule}: {begin} (({texts}) {end}{null})"]
-    if _is_text(schema):
+    if text.get("type") == "string":
         # The lexeme ends with the first such end.
         return [
             f"{rule}: {begin} ({rule}_text{null})",
-            f"{rule}_text[suffix={end}]: {_any_text(key, schema)}",
+            f"{rule}_text[suffix={end}]: {_any_text(key, text)}",
         ]
     _check_is_read(key, schema, root)
     return [
@@ -193,17 +194,11 @@ def _parameter(rule: str, key: str, schema: Any, root: dict[str, Any]) -> list[s
     ]
 
 
-def _texts(schema: object) -> list[str]:
+def _texts(schema: dict[str, Any]) -> list[str]:
     """The texts of which a value is one; none for a value of another kind."""
-    if not isinstance(schema, dict):
-        return []
     found = schema.get("enum", [schema["const"]] if "const" in schema else [])
     is_texts = isinstance(found, list) and all(isinstance(each, str) for each in found)
     return found if is_texts else []
-
-
-def _is_text(schema: object) -> bool:
-    return isinstance(schema, dict) and schema.get("type") == "string"
 
 
 def _any_text(key: str, schema: dict[str, Any]) -> str:
