@@ -280,8 +280,9 @@ SOURCE = """
   const int likeliest = ~static_cast<int>(static_cast<unsigned>(best));
   int chosen = likeliest;
 
-  if (fact[IS_GREEDY] == 0.0f) {
-    const float top = own[likeliest];
+  // Beside a logit that is no number, or infinite, nothing has a probability.
+  const float top = own[likeliest];
+  if (fact[IS_GREEDY] == 0.0f && fabsf(top) < INFINITY) {
     // The probability over the likeliest word's; below 0 where a filter took the word.
     const auto weight_of = [&](int word) {
       return own[word] == -INFINITY ? -1.0f : expf(own[word] - top);

@@ -34,7 +34,7 @@ def any_params(rng: random.Random, vocab_size: int) -> SamplingParams:
         logit_bias=rng.choice([{}, {1: 5.0, 2: -5.0}, {0: -100.0, 3: 1.0, 7: 2.0}]),
         xtc_probability=rng.choice([0.0, 0.0, 1.0, 0.5]),
         xtc_threshold=rng.choice([0.0, 0.1, 0.3]),
-        seed=rng.randrange(1 << 30),
+        seed=rng.randrange(-(1 << 63), 1 << 63),
     )
 
 
@@ -62,3 +62,15 @@ def test_the_kernel_picks_the_words_that_operations_pick(
         num_different += int((picked[0] != picked[1]).sum())
         num_compared += picked[0].size
     assert num_different <= MAX_DIFFERENT * num_compared
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_logits_without_probabilities_are_taken_greedily(odd: float, top_k: int) -> None:
+    """As in numpy; and no thread may see what another one makes of them."""
+    numbers = np.random.default_rng(3).normal(0, 2, (16, 1000)).astype(np.float32)
+    numbers[:, 7] = odd
+    params = SamplingParams(temperature=1.0, top_k=top_k, xtc_probability=1.0, seed=4)
+    sampler = DeviceSampler(1000)
+    sampler.extend([SampledRow(params, [], 1000) for _ in numbers])
+    assert sampler.sample(mx.array(numbers)).tolist() == [7] * 16
