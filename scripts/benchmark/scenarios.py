@@ -67,16 +67,20 @@ async def run_load(load: Load, bench: Bench) -> Phases:
 
 
 async def closed(
-    bench: Bench, streams: int, sampling: SamplingKind = "greedy", models: str = "a"
+    bench: Bench,
+    streams: int,
+    sampling: SamplingKind = "greedy",
+    models: str = "a",
+    window: int = 0,
 ) -> Metrics:
-    """Streams take the models in turn."""
+    """Streams take the models in turn. Each window of a kind has prompts of its own."""
     answers: list[Answer] = []
 
     async def stream(number: int) -> None:
         await asyncio.sleep(number * _STAGGER_S)
         model = models[number % len(models)]
         for turn in itertools.count():
-            key = f"{sampling} {number} {turn}"
+            key = f"{sampling} {number} {turn} {window}"
             await _ask(bench, bench.source.request(key, sampling=sampling, model=model), answers)
 
     async with _running([stream(number) for number in range(streams)]) as tasks:
@@ -111,9 +115,9 @@ async def mixed(bench: Bench, load: Load) -> Phases:
     """In turns, and each is first as often, so that a machine's drift falls on both alike."""
     windows: dict[SamplingKind, list[Metrics]] = {"greedy": [], "mixed": []}
     kinds = list(windows)
-    for _ in range(_MIXED_TURNS):
+    for window in range(_MIXED_TURNS):
         for kind in kinds:
-            windows[kind].append(await closed(bench, load.streams, kind))
+            windows[kind].append(await closed(bench, load.streams, kind, window=window))
         kinds.reverse()
     greedy, different = (mean_of(found) for found in windows.values())
     different["ratio"] = different["tokens_per_s"] / greedy["tokens_per_s"]
@@ -170,7 +174,7 @@ async def long_prompt(bench: Bench, streams: int) -> Metrics:
 
 async def two_models(bench: Bench, streams: int) -> Phases:
     one = await closed(bench, streams)
-    two = await closed(bench, streams, models="ab")
+    two = await closed(bench, streams, models="ab", window=1)
     two["ratio"] = two["tokens_per_s"] / one["tokens_per_s"]
     return {"one": one, "two": two}
 
