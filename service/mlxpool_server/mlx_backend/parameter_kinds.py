@@ -76,6 +76,12 @@ def resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def values_of(schema: dict[str, Any]) -> list[Any]:
+    """All that a value may be; none where they are not named one by one."""
+    found = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return found if isinstance(found, list) else []
+
+
 def _with_types(tool: Any) -> Any:
     function = tool.get("function") if isinstance(tool, dict) else None
     parameters = function.get("parameters") if isinstance(function, dict) else None
@@ -100,8 +106,7 @@ def _own_kinds(schema: dict[str, Any]) -> list[str]:
     if "type" in schema:
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         return kinds if all(isinstance(kind, str) for kind in kinds) else []
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return [_KINDS_OF_VALUES[type(value)] for value in values] if isinstance(values, list) else []
+    return [_KINDS_OF_VALUES[type(value)] for value in values_of(schema)]
 
 
 def _parts(schema: dict[str, Any]) -> list[Any]:

@@ -15,7 +15,12 @@ from mlxpool_server.domain import Constraint, ConstraintSyntax
 from mlxpool_server.errors import BadConstraintError
 from mlxpool_server.mlx_backend import harmony
 from mlxpool_server.mlx_backend.constraints.grammar import JSON_OPTIONS, quoted
-from mlxpool_server.mlx_backend.parameter_kinds import kinds_of, resolved, without_null
+from mlxpool_server.mlx_backend.parameter_kinds import (
+    kinds_of,
+    resolved,
+    values_of,
+    without_null,
+)
 
 _NEW_LINE = quoted("\n")
 _FIELD = "prompt.chat.tools"
@@ -196,9 +201,8 @@ def _parameter(rule: str, key: str, schema: Any, root: dict[str, Any]) -> list[s
 
 def _texts(schema: dict[str, Any]) -> list[str]:
     """The texts of which a value is one; none for a value of another kind."""
-    found = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    is_texts = isinstance(found, list) and all(isinstance(each, str) for each in found)
-    return found if is_texts else []
+    found = values_of(schema)
+    return found if all(isinstance(each, str) for each in found) else []
 
 
 def _any_text(key: str, schema: dict[str, Any]) -> str:

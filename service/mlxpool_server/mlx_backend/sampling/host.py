@@ -22,8 +22,9 @@ _LESS = 0.999
 # For the largest few: so many groups for each of them, and at least so many words in a group.
 _GROUPS_PER_WORD = 4
 _SMALLEST_GROUP = 8
-# Heavy words are taken out where they are less than this share; so many are sorted as they are.
+# Top-p takes the words that matter out where they are less than this share of all.
 _FEW = 0.25
+# Up to so many it sorts at once, without adding up classes first.
 _SORTED = 4096
 
 
