@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mlxpool_server.domain import SamplingParams
 from mlxpool_server.mlx_backend.sampling import cuda, host
 from mlxpool_server.mlx_backend.sampling.device import DeviceSampler
-from mlxpool_server.mlx_backend.sampling.row import SampledRow
+from mlxpool_server.mlx_backend.sampling.row import SMALLEST_WEIGHT, SampledRow
 
 Floats = NDArray[Any]
 
@@ -73,7 +73,9 @@ def kept_words(logits: Floats, params: SamplingParams, *, strikes: bool = False)
         kept &= (above < params.top_p) | (probs == probs.max())
     kept &= probs >= params.min_p * probs.max()
     if strikes:
-        choices = kept & (probs > params.xtc_threshold * probs[kept].sum())
+        # No word that has no weight in single precision.
+        limit = max(params.xtc_threshold * probs[kept].sum(), SMALLEST_WEIGHT * probs.max())
+        choices = kept & (probs > limit)
         if choices.any():
             kept &= probs <= probs[choices].min()
     if 0 < params.top_k < probs.size:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlxpool_server.mlx_backend.sampling import cuda
-from mlxpool_server.mlx_backend.sampling.row import SampledRow
+from mlxpool_server.mlx_backend.sampling.row import SMALLEST_WEIGHT, SampledRow
 
 
 class DeviceSampler:
@@ -53,8 +53,11 @@ class DeviceSampler:
         logits = self._adjusted(logits.astype(mx.float32), self._parameters)
         tokens = mx.argmax(logits, axis=-1)
         if not all(row.is_greedy for row in self._rows):
-            drawn = _draw(logits, self._rows, self._parameters)
-            tokens = mx.where(self._parameters.is_greedy, tokens, drawn)
+            top = mx.max(logits, axis=-1, keepdims=True)
+            drawn = _draw(logits - top, self._rows, self._parameters)
+            # Beside a logit that is no number, or infinite, nothing has a probability.
+            is_greedy = self._parameters.is_greedy | ~mx.isfinite(top[:, 0])
+            tokens = mx.where(is_greedy, tokens, drawn)
         if self._context is not None:
             # As wide as there are tokens: a context size may be anything up to 2**31.
             size = max(row.context_size for row in self._rows)
@@ -126,8 +129,8 @@ class _Parameters:
 
 
 def _draw(logits: mx.array, rows: Sequence[SampledRow], parameters: _Parameters) -> mx.array:
+    """One word a row; of `logits` the greatest of each row is 0."""
     draws = [(0.5, False) if row.is_greedy else row.next_draw() for row in rows]
-    logits = logits - mx.max(logits, axis=-1, keepdims=True)
     if parameters.has_filters:
         strikes = mx.array([[strikes] for _, strikes in draws]) if parameters.has_xtc else None
         logits = mx.where(_kept(mx.exp(logits), parameters, strikes), logits, -mx.inf)
@@ -162,6 +165,7 @@ def _kept(weights: mx.array, parameters: _Parameters, strikes: mx.array | None) 
     if strikes is not None:
         left = mx.where(kept, weights, 0.0)
         limit = parameters.xtc_threshold * left.sum(axis=-1, keepdims=True)
+        limit = mx.maximum(limit, SMALLEST_WEIGHT)
         least = mx.where(left > limit, left, mx.inf).min(axis=-1, keepdims=True)
         excluded = strikes & kept & (weights > least)
         num_excluded = excluded.sum(axis=-1, keepdims=True)

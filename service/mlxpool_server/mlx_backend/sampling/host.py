@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxpool_server.mlx_backend.sampling.row import SampledRow
+from mlxpool_server.mlx_backend.sampling.row import SMALLEST_WEIGHT, SampledRow
 
 Floats = NDArray[np.float32]
 Places = NDArray[np.intp]
@@ -130,6 +130,7 @@ def _kept(weights: Floats, row: SampledRow, *, xtc_strikes: bool) -> NDArray[np.
     kept = weights >= floor
     if xtc_strikes:
         limit = np.float32(params.xtc_threshold) * weights[kept].sum()
+        limit = max(limit, np.float32(SMALLEST_WEIGHT))
         choices = weights[kept & (weights > limit)]
         if choices.size:
             kept &= weights <= choices.min()

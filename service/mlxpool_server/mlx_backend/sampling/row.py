@@ -13,6 +13,10 @@ _MASK = (1 << 64) - 1
 # So that the coin of xtc is not the number that draws.
 COIN = 0xA0761D6478BD642F
 
+# The smallest normal number of float32: a smaller weight is a 0 on some devices, so that xtc takes
+# no such word for one of the top choices anywhere.
+SMALLEST_WEIGHT = 2.0**-126
+
 
 class SampledRow:
     """One row's parameters, what its penalties look at, and its place in the random sequence."""

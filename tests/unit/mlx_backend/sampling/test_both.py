@@ -367,3 +367,33 @@ def test_what_xtc_leaves_is_drawn_however_unlikely(sampler: Sampler) -> None:
     logits = np.array([[30.0, 25.0, 0.0]], dtype=np.float32)
     params = SamplingParams(temperature=0.2, xtc_probability=1.0, xtc_threshold=0.0)
     assert list(sampler(logits, [ScriptedRow(params, 3, strikes=True)])) == [2]
+
+
+@both
+def test_xtc_chooses_among_words_that_have_a_weight_everywhere(sampler: Sampler) -> None:
+    """Below the smallest normal number some devices see a 0: such words are no choice."""
+    logits = np.array([[0.0, -87.0, -87.5, -120.0]], dtype=np.float32)
+    params = SamplingParams(xtc_probability=1.0, xtc_threshold=0.0)
+    tokens = [sampler(logits, [ScriptedRow(params, 4, n, strikes=True)])[0] for n in (0.5, 0.99)]
+    assert tokens == [1, 2]
+
+
+@both
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_zeros_of_both_signs_are_equal(sampler: Sampler, temperature: float) -> None:
+    """The first of them is the likeliest, as a bias of -0.0 leaves it."""
+    logits = np.array([[-1.0, -0.0, 0.0, -3.0]], dtype=np.float32)
+    params = SamplingParams(temperature=temperature, top_k=1, logit_bias={0: -1.0}, seed=1)
+    assert sampler(logits, [SampledRow(params, [], 4)]) == [1]
+
+
+@both
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("params", [BASE, replace(BASE, temperature=0.0, logit_bias={0: 1.0})])
+def test_the_first_logit_that_is_no_number_is_taken(
+    sampler: Sampler, params: SamplingParams, sign: float
+) -> None:
+    """As argmax does; whatever its sign, nothing has a probability beside it."""
+    logits = random_logits(8, 100)[None]
+    logits[0, [7, 50]] = np.copysign(np.float32(np.nan), sign)
+    assert sampler(logits, [SampledRow(params, [], 100)]) == [7]
